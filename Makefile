@@ -1,0 +1,58 @@
+# Every target does its own set-up: environment, install, training runtime. A second call skips what is done.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
+  "$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+  && { command -v "$$p"; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TRAINING := $(VENV)/.training
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-full coverage lint format benchmark-fashion conformance clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(TRAINING)  ## Prune a trained model on real data, fine-tune it, check it, print before and after
+	$(BIN)/python benchmarks/demo.py
+
+test: $(TRAINING)  ## Run every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-full: $(TRAINING)  ## Run every test, with many more random graphs
+	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+coverage: $(TRAINING)  ## Run every test and show which lines none of them reach
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
+
+lint: $(INSTALLED)  ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## Mend style and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark-fashion: $(TRAINING)  ## Train, prune and fine-tune on Fashion-MNIST, and print the table
+	$(BIN)/python benchmarks/fashion.py
+
+conformance: $(INSTALLED)  ## Prune every model of the conformance set and print the table
+	$(BIN)/python benchmarks/conformance.py
+
+clean:  ## Remove what the targets made
+	rm -rf $(VENV) out build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "make: could not create an environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+$(TRAINING): | $(INSTALLED)
+	$(BIN)/onnxprune setup-training
+	@touch $@

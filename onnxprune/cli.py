@@ -1,0 +1,414 @@
+"""The command line: parse, one library call, render, exit code.
+
+Exit codes: 0 fine; 1 a budget or a check failed; 2 usage or bad input; 3 internal; 130 interrupted.
+An error is one line on standard error. Outputs are written after success only, each through a
+temporary file, so a failed or interrupted run leaves existing files as they were.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import onnxprune
+from onnxprune.errors import InvalidRecipeError, OnnxPruneError
+
+if TYPE_CHECKING:
+    from onnxprune.report.outputs import Outputs
+    from onnxprune.result import Result
+
+FINE, FAILED, USAGE, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 130
+
+app = typer.Typer(
+    name="onnxprune",
+    help="Make a trained ONNX model smaller and faster, and check that it still works.",
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+
+
+class Scope(StrEnum):
+    """Which groups may be pruned."""
+
+    exact = "exact"
+    all = "all"
+
+
+ModelIn = Annotated[Path, typer.Argument(metavar="IN.onnx", help="The model to read.")]
+ModelOut = Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write the result.")]
+Reference = Annotated[Path, typer.Argument(metavar="A.onnx", help="The reference model.")]
+Candidate = Annotated[Path, typer.Argument(metavar="B.onnx", help="The model to compare.")]
+PlanIn = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan that prune wrote.")]
+
+BUDGET, CHOICE, DATA, OUTPUT = "Budget (exactly one)", "What to remove", "Data", "Output"
+Channels = Annotated[
+    float | None,
+    typer.Option(help="Every layer keeps this share of its channels.", rich_help_panel=BUDGET),
+]
+Macs = Annotated[
+    float | None,
+    typer.Option(help="Keep at most this share of the multiply-adds.", rich_help_panel=BUDGET),
+]
+Params = Annotated[
+    float | None,
+    typer.Option(help="Keep at most this share of the parameters.", rich_help_panel=BUDGET),
+]
+SizeMb = Annotated[
+    float | None,
+    typer.Option(
+        help="Largest size of the file, in MB of 1,000,000 bytes.", rich_help_panel=BUDGET
+    ),
+]
+ScopeOption = Annotated[
+    Scope,
+    typer.Option(
+        help="exact: only channels whose removal equals zeroing them; all: also those behind a "
+        "normalization over channels.",
+        rich_help_panel=CHOICE,
+    ),
+]
+Criterion = Annotated[
+    str, typer.Option(help="How channels are ranked.", rich_help_panel=CHOICE, metavar="NAME")
+]
+RoundTo = Annotated[
+    int,
+    typer.Option(help="Kept widths are multiples of N where possible.", rich_help_panel=CHOICE),
+]
+MinKeep = Annotated[
+    float, typer.Option(help="Share of each layer that always stays.", rich_help_panel=CHOICE)
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Never touch what this glob pattern names; repeatable.",
+        rich_help_panel=CHOICE,
+        metavar="PATTERN",
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Data to rebuild and check with: .npz, a folder of images by class, IDX files, or "
+        "file.py:function.",
+        rich_help_panel=DATA,
+        metavar="SRC",
+    ),
+]
+Val = Annotated[
+    str | None,
+    typer.Option(help="Held-out data to measure with.", rich_help_panel=DATA, metavar="SRC"),
+]
+Finetune = Annotated[
+    int,
+    typer.Option(
+        help="Train this many epochs with the original as teacher; needs --data.",
+        rich_help_panel=DATA,
+        metavar="EPOCHS",
+    ),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        help="Largest loss of the metric, in points (1 is one in a hundred samples).",
+        rich_help_panel=DATA,
+    ),
+]
+PlanOut = Annotated[
+    Path | None,
+    typer.Option("--plan", help="Write the plan.", rich_help_panel=OUTPUT, metavar="P.json"),
+]
+ReportOut = Annotated[
+    Path | None,
+    typer.Option("--report", help="Write the report.", rich_help_panel=OUTPUT, metavar="R.json"),
+]
+NoCheck = Annotated[
+    bool, typer.Option("--no-check", help="Skip the checks of the result.", rich_help_panel=OUTPUT)
+]
+Layers = Annotated[bool, typer.Option("--layers", help="Show every layer.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=OUTPUT)
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
+Threads = Annotated[int | None, typer.Option(help="Threads to compute with.", min=1)]
+Tolerance = Annotated[
+    float | None, typer.Option(help="Largest error, relative to the largest output.")
+]
+Why = Annotated[
+    bool, typer.Option("--why", help="List every frozen axis, what froze it, and what that costs.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+# Read by `main` from the arguments, so that it also holds for errors while parsing.
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks (also: ONNXPRUNE_DEBUG=1).")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Make a trained ONNX model smaller and faster, and check that it still works."""
+    if version:
+        print(f"onnxprune {_version()}")
+        raise typer.Exit(FINE)
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+        raise typer.Exit(USAGE)
+
+
+@app.command("prune")
+def prune(
+    source: ModelIn,
+    target: ModelOut,
+    channels: Channels = None,
+    macs: Macs = None,
+    params: Params = None,
+    size_mb: SizeMb = None,
+    scope: ScopeOption = Scope.all,
+    criterion: Criterion = "l2",
+    round_to: RoundTo = 1,
+    min_keep: MinKeep = 0.1,
+    keep: Keep = None,
+    data: Data = None,
+    val: Val = None,
+    finetune: Finetune = 0,
+    max_drop: MaxDrop = None,
+    plan: PlanOut = None,
+    report: ReportOut = None,
+    no_check: NoCheck = False,
+    layers: Layers = False,
+    seed: Seed = 0,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> int:
+    """Prune a model to a budget, rebuild it with data if there is some, check it, and write it."""
+    from onnxprune.report.outputs import Outputs
+    from onnxprune.report.progress import progress
+
+    budget = _budget({"channels": channels, "macs": macs, "params": params, "size-mb": size_mb})
+    _check_ranges(round_to, min_keep, finetune, max_drop, data or val)
+    if finetune and data is None:
+        raise InvalidRecipeError("--finetune needs training data: add --data SRC")
+    outputs = Outputs(target, plan, report)
+    with progress(quiet) as listener:
+        result = onnxprune.prune(
+            source,
+            **budget,
+            scope=scope.value,
+            criterion=criterion,
+            round_to=round_to,
+            min_keep=min_keep,
+            keep=tuple(keep or ()),
+            data=data,
+            val=val,
+            finetune=finetune,
+            max_drop=max_drop,
+            check=not no_check,
+            seed=seed,
+            threads=threads,
+            progress=listener,
+        )
+    return _finish(result, outputs, layers=layers)
+
+
+@app.command("inspect")
+def inspect(
+    source: ModelIn,
+    why: Why = False,
+    layers: Layers = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Show what a model costs, what can be pruned, and what is frozen and why."""
+    from onnxprune.report.console import show_inspection, stdout_console
+    from onnxprune.report.json import inspection_json
+
+    inspection = onnxprune.inspect(source)
+    if json:
+        print(inspection_json(inspection), end="")
+    else:
+        show_inspection(stdout_console(), inspection, why=why, layers=layers)
+    return FINE
+
+
+@app.command("apply")
+def apply(
+    source: ModelIn,
+    plan: PlanIn,
+    target: ModelOut,
+    debug: Debug = False,
+) -> int:
+    """Replay a plan on the model that it was made for."""
+    from onnxprune.plan import Plan
+    from onnxprune.report.outputs import Outputs
+
+    outputs = Outputs(target)
+    if not plan.is_file():
+        raise InvalidRecipeError(f"plan '{plan}': no such file")
+    model = onnxprune.apply(source, Plan.from_json(plan.read_text(encoding="utf-8")))
+    outputs.write(model)
+    print(f"wrote {outputs.names}")
+    return FINE
+
+
+@app.command("check")
+def check(
+    reference: Reference,
+    candidate: Candidate,
+    data: Data = None,
+    tolerance: Tolerance = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    debug: Debug = False,
+) -> int:
+    """Check that B is a sound model which answers as A does."""
+    from onnxprune.report.console import show_check, stdout_console
+
+    if tolerance is not None and not tolerance >= 0:
+        raise InvalidRecipeError(f"--tolerance {tolerance:g}: must not be negative")
+    options = {} if tolerance is None else {"tolerance": tolerance}
+    outcome = onnxprune.check(
+        reference, candidate, data=data, seed=seed, threads=threads, **options
+    )
+    show_check(stdout_console(), outcome)
+    return FINE if outcome.passed else FAILED
+
+
+@app.command("setup-training")
+def setup_training(quiet: Quiet = False, debug: Debug = False) -> int:
+    """Install the runtime that fine-tuning needs, in a folder of its own (once, about 32 MB)."""
+    from onnxprune.report.progress import progress
+    from onnxprune.training import setup_training as install
+
+    with progress(quiet) as listener:
+        folder = install(progress=listener)
+    print(f"training runtime: {folder}")
+    return FINE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on `argv`, by default the process's own, and return the exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args or os.environ.get("ONNXPRUNE_DEBUG", "0") not in ("", "0")
+    try:
+        code = int(app(args, standalone_mode=False, prog_name="onnxprune") or FINE)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:  # the reader has gone; what is still buffered must not fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        return _fail(error, debug)
+    if code == INTERRUPTED:
+        _say("interrupted; existing files are as they were")
+    return code
+
+
+def _fail(error: Exception, debug: bool) -> int:
+    """Say what went wrong in one line, after a traceback if asked, and return the exit code."""
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, OnnxPruneError):
+        _say(str(error))
+        return error.exit_code
+    if isinstance(error, typer.TyperException):
+        _say(f"{error.format_message()} (onnxprune --help lists commands and options)")
+        return USAGE
+    if isinstance(error, OSError):
+        where = f"'{error.filename}': " if error.filename else ""
+        _say(f"{where}{error.strerror or error}")
+        return USAGE
+    _say(
+        f"internal: {type(error).__name__}: {error} at {_place(error)} "
+        f"(onnxprune {_version()}); please report this line, the model, and what --debug adds"
+    )
+    return INTERNAL
+
+
+def _say(message: str) -> None:
+    """Print one error line."""
+    print(f"onnxprune: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _place(error: Exception) -> str:
+    """The file and line that raised `error`."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "unknown place"
+    return f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
+
+
+def _version() -> str:
+    """The installed version."""
+    from importlib.metadata import version
+
+    return version("onnxprune")
+
+
+def _budget(values: Mapping[str, float | None]) -> dict[str, float]:
+    """The one budget that was given, under the library's name for it.
+
+    Raises:
+        InvalidRecipeError: none or several were given, or its value is out of range.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    if len(given) != 1:
+        wanted = ", ".join(f"--{name}" for name in values)
+        found = " and ".join(f"--{name}" for name in given) or "none"
+        raise InvalidRecipeError(f"give exactly one budget of {wanted}; found {found}")
+    [(name, value)] = given.items()
+    if name == "size-mb":
+        if not 0 < value < float("inf"):
+            raise InvalidRecipeError(f"--size-mb {value:g}: must be above 0")
+    elif not 0 < value <= 1:
+        raise InvalidRecipeError(
+            f"--{name} {value:g}: must be in (0, 1], the share to keep: 0.5 keeps half"
+        )
+    return {name.replace("-", "_"): value}
+
+
+def _check_ranges(
+    round_to: int, min_keep: float, finetune: int, max_drop: float | None, data: str | None
+) -> None:
+    """Refuse numbers that mean nothing.
+
+    Raises:
+        InvalidRecipeError: names the option, its value and the range.
+    """
+    if round_to < 1:
+        raise InvalidRecipeError(f"--round-to {round_to}: must be 1 or more")
+    if not 0 <= min_keep <= 1:
+        raise InvalidRecipeError(f"--min-keep {min_keep:g}: must be in [0, 1]")
+    if finetune < 0:
+        raise InvalidRecipeError(f"--finetune {finetune}: must be 0 or more epochs")
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise InvalidRecipeError(f"--max-drop {max_drop:g}: must be in [0, 100] points")
+    if max_drop is not None and data is None:
+        raise InvalidRecipeError("--max-drop needs data to measure with: add --val SRC")
+
+
+def _finish(result: Result, outputs: Outputs, *, layers: bool) -> int:
+    """Show what a run measured and write its files, unless its last check failed."""
+    from onnxprune.report.console import show_report, stdout_console
+
+    show_report(stdout_console(), result.report, layers=layers)
+    checks = result.report.checks
+    if checks and not checks[-1].passed:
+        _say(f"the pruned model failed its check; {outputs.names} not written")
+        return FAILED
+    outputs.write(result.model, result)
+    print(f"wrote {outputs.names}")
+    return FINE

@@ -1,0 +1,255 @@
+"""Results as tables on a terminal, or as plain Markdown tables where the output is piped."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from onnxprune.result import (
+        CheckReport,
+        Cost,
+        FrozenRow,
+        GroupRow,
+        Inspection,
+        LayerRow,
+        Report,
+    )
+
+# Piped tables never wrap: their width must not depend on who reads them.
+PIPED_WIDTH = 4000
+GROUPS_SHOWN = 20
+# Metrics that are shares of samples: shown in percent, compared in points.
+SHARES = frozenset({"accuracy", "precision", "recall", "f1", "top5", "agreement"})
+
+
+def stdout_console() -> Console:
+    """Standard output: colours and box lines on a terminal (not with NO_COLOR), else plain text."""
+    console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
+    if console.is_terminal:
+        return console
+    return Console(
+        file=sys.stdout,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        width=PIPED_WIDTH,
+        color_system=None,
+    )
+
+
+def show_report(console: Console, report: Report, *, layers: bool = False) -> None:
+    """Print the before/after table, the checks, what each rebuilding step bought, and the notes."""
+    if layers:
+        console.print(layer_table(console, report.layers))
+    console.print(cost_table(console, report.before, report.after))
+    for step in report.rebuild:
+        console.print(f"rebuild: {_pairs(step)}")
+    for check in report.checks:
+        show_check(console, check)
+    for note in report.notes:
+        console.print(f"note: {note}")
+
+
+def show_check(console: Console, check: CheckReport) -> None:
+    """Print one check's outcome in a line, and a line for each problem that it found."""
+    console.print(f"check: {check_summary(check)}", style="green" if check.passed else "bold red")
+    for problem in check.problems:
+        console.print(f"  problem: {problem}")
+
+
+def check_summary(check: CheckReport) -> str:
+    """A check's outcome and its numbers in one line."""
+    facts = ["structure fine" if check.structure else "structure broken"]
+    if check.max_error is not None:
+        error = f"largest error {check.max_error:.1e} on {check.feeds} feeds"
+        if check.tolerance is not None:
+            error += f" (tolerance {check.tolerance:.1e})"
+        facts.append(f"{error} against {check.reference}")
+    if check.agreement is not None:
+        facts.append(f"top-1 agreement {100 * check.agreement:.2f} %")
+    facts += [f"{name} {metric(name, value)}" for name, value in check.metrics.items()]
+    return f"{'passed' if check.passed else 'FAILED'}: {', '.join(facts)}"
+
+
+def show_inspection(
+    console: Console, inspection: Inspection, *, why: bool = False, layers: bool = False
+) -> None:
+    """Print what a model costs, what can be pruned, and what is frozen (with `why`, each axis)."""
+    table = _table(console, ("model", ""), left=2)
+    for name, value in _facts(inspection):
+        table.add_row(name, value)
+    console.print(table)
+    if layers:
+        console.print(_weights_table(console, inspection.layers))
+    _show_groups(console, inspection.groups)
+    if not inspection.frozen:
+        console.print("frozen: nothing")
+    elif why:
+        console.print(frozen_table(console, inspection.frozen))
+    else:
+        console.print(reason_table(console, inspection.frozen))
+
+
+def cost_table(console: Console, before: Cost, after: Cost) -> Table:
+    """What the model costs and how well it does, before and after."""
+    table = _table(console, ("", "before", "after", "after/before"), left=1)
+    table.add_row("parameters", *_row(before.params, after.params, "{:,}"))
+    table.add_row("MACs", *_row(before.macs, after.macs, "{:,}"))
+    size = (bytes_text(before.size_bytes), bytes_text(after.size_bytes))
+    table.add_row("file size", *size, ratio(before.size_bytes, after.size_bytes))
+    if before.latency_ms is not None and after.latency_ms is not None:
+        table.add_row("latency", *_row(before.latency_ms, after.latency_ms, "{:.3f} ms"))
+    for name in dict.fromkeys([*before.metrics, *after.metrics]):
+        table.add_row(name, *_metric_row(name, before.metrics.get(name), after.metrics.get(name)))
+    return table
+
+
+def layer_table(console: Console, layers: Sequence[LayerRow]) -> Table:
+    """Every weighted node with its weight's shape, parameters and MACs, before and after."""
+    heads = ("layer", "operator", "shape before", "shape after")
+    table = _table(console, (*heads, "parameters", "after", "MACs", "after"), left=4)
+    for row in layers:
+        shapes = (shape_text(row.shape_before), shape_text(row.shape_after))
+        counts = (row.params_before, row.params_after, row.macs_before, row.macs_after)
+        table.add_row(row.name, row.op_type, *shapes, *(f"{count:,}" for count in counts))
+    params = (sum(row.params_before for row in layers), sum(row.params_after for row in layers))
+    macs = (sum(row.macs_before for row in layers), sum(row.macs_after for row in layers))
+    table.add_row("total", "", "", "", *(f"{count:,}" for count in (*params, *macs)))
+    return table
+
+
+def frozen_table(console: Console, frozen: Iterable[FrozenRow]) -> Table:
+    """Each frozen axis with its reason and what it costs, the most costly first."""
+    heads = ("frozen", "axis", "by node", "reason", "parameters", "MACs")
+    table = _table(console, heads, left=4)
+    for row in sorted(frozen, key=_price):
+        cells = (row.tensor, str(row.axis), row.node, row.reason)
+        table.add_row(*cells, f"{row.params:,}", f"{row.macs:,}")
+    return table
+
+
+def reason_table(console: Console, frozen: Iterable[FrozenRow]) -> Table:
+    """The reasons for which axes are frozen, the most frequent first."""
+    axes: dict[str, int] = defaultdict(int)
+    for row in frozen:
+        axes[row.reason] += 1
+    table = _table(console, ("frozen because (--why lists each)", "axes"), left=1)
+    for reason, count in sorted(axes.items(), key=lambda item: (-item[1], item[0])):
+        table.add_row(reason, f"{count:,}")
+    return table
+
+
+def _show_groups(console: Console, groups: Sequence[GroupRow]) -> None:
+    """Print the groups, the most costly first; all but the first few only in JSON."""
+    if not groups:
+        console.print("groups: nothing can be pruned")
+        return
+    heads = ("group", "units", "width", "exact", "tensors", "parameters", "MACs")
+    table = _table(console, heads, left=1)
+    for row in sorted(groups, key=_price)[:GROUPS_SHOWN]:
+        counts = (row.params, row.macs)
+        exact = "yes" if row.exact else "no"
+        cells = (row.name, f"{row.units:,}", str(row.width), exact, str(len(row.tensors)))
+        table.add_row(*cells, *(f"{count:,}" for count in counts))
+    console.print(table)
+    if len(groups) > GROUPS_SHOWN:
+        console.print(f"... and {len(groups) - GROUPS_SHOWN} more groups (--json lists all)")
+
+
+def _weights_table(console: Console, layers: Sequence[LayerRow]) -> Table:
+    """Every weighted node of one model."""
+    table = _table(console, ("layer", "operator", "shape", "parameters", "MACs"), left=3)
+    for row in layers:
+        counts = (f"{row.params_before:,}", f"{row.macs_before:,}")
+        table.add_row(row.name, row.op_type, shape_text(row.shape_before), *counts)
+    return table
+
+
+def _facts(inspection: Inspection) -> list[tuple[str, str]]:
+    """A model's own facts, by name."""
+    cost, groups = inspection.cost, inspection.groups
+    exact = sum(group.exact for group in groups)
+    facts = [
+        ("parameters", f"{cost.params:,}"),
+        ("MACs", f"{cost.macs:,}"),
+        ("file size", bytes_text(cost.size_bytes)),
+        ("opset", str(inspection.opset)),
+        ("inputs", ", ".join(inspection.inputs)),
+        ("outputs", ", ".join(inspection.outputs)),
+        ("groups", f"{len(groups)} ({exact} exact)"),
+        ("removable units", f"{sum(group.units for group in groups):,}"),
+        ("frozen axes", f"{len(inspection.frozen):,}"),
+    ]
+    if cost.latency_ms is not None:
+        facts.insert(3, ("latency", f"{cost.latency_ms:.3f} ms"))
+    return facts
+
+
+def _table(console: Console, heads: Sequence[str], *, left: int) -> Table:
+    """A table whose first `left` columns hold words and the others numbers."""
+    piped = not console.is_terminal
+    lines = box.MARKDOWN if piped else box.SIMPLE_HEAD
+    table = Table(box=lines, header_style="bold", show_edge=piped)
+    for index, head in enumerate(heads):
+        table.add_column(head, justify="left" if index < left else "right", overflow="fold")
+    return table
+
+
+def _price(row: FrozenRow | GroupRow) -> tuple[int, int]:
+    """Sorting key: most parameters first, then most MACs."""
+    return (-row.params, -row.macs)
+
+
+def _row(before: float, after: float, form: str) -> tuple[str, str, str]:
+    """Both values and their ratio."""
+    return form.format(before), form.format(after), ratio(before, after)
+
+
+def _metric_row(name: str, before: float | None, after: float | None) -> tuple[str, str, str]:
+    """Both values and how far apart they are: points for shares, else a difference."""
+    cells = tuple("-" if value is None else metric(name, value) for value in (before, after))
+    if before is None or after is None:
+        change = ""
+    elif name in SHARES:
+        change = f"{100 * (after - before):+.2f} points"
+    else:
+        change = f"{after - before:+.3g}"
+    return cells[0], cells[1], change
+
+
+def metric(name: str, value: float) -> str:
+    """A metric's value with its unit."""
+    return f"{100 * value:.2f} %" if name in SHARES else f"{value:.4g}"
+
+
+def ratio(before: float, after: float) -> str:
+    """`after` as a share of `before`."""
+    return f"{after / before:.3f}" if before else ""
+
+
+def bytes_text(size: int) -> str:
+    """A size in bytes with a decimal unit (1 MB = 1,000,000 bytes)."""
+    for limit, unit in ((1_000_000_000, "GB"), (1_000_000, "MB"), (1_000, "KB")):
+        if size >= limit:
+            return f"{size / limit:.2f} {unit}"
+    return f"{size} bytes"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as 64 x 3 x 7 x 7."""
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _pairs(values: Mapping[str, object]) -> str:
+    """`name value` for each entry."""
+    texts = (
+        f"{value:.4g}" if isinstance(value, float) else str(value) for value in values.values()
+    )
+    return ", ".join(f"{name} {text}" for name, text in zip(values, texts, strict=True))

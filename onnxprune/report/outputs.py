@@ -1,0 +1,55 @@
+"""The files that a run writes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxprune.errors import InvalidRecipeError
+from onnxprune.report import renderer
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from onnxprune.result import Result
+
+
+class Outputs:
+    """The files of a run: looked at before the work starts, written after it succeeded."""
+
+    def __init__(self, model: Path, plan: Path | None = None, report: Path | None = None) -> None:
+        """Refuse what could not be written, before hours of work are lost on it.
+
+        Raises:
+            InvalidRecipeError: a folder is missing or closed, or a name is taken.
+        """
+        self.model, self.plan, self.report = model, plan, report
+        named = [path for path in (model, plan, report) if path is not None]
+        for path in named:
+            if path.is_dir():
+                raise InvalidRecipeError(f"cannot write '{path}': it is a folder; name a file")
+            if not path.parent.is_dir():
+                raise InvalidRecipeError(f"cannot write '{path}': no folder '{path.parent}'")
+            if not os.access(path.parent, os.W_OK):
+                raise InvalidRecipeError(f"cannot write '{path}': no right to write there")
+        if len({path.resolve() for path in named}) < len(named):
+            raise InvalidRecipeError("model, plan and report need names that differ")
+        if report is not None:
+            renderer(report)
+
+    @property
+    def names(self) -> str:
+        """The files, for people."""
+        kinds = (("", self.model), ("plan ", self.plan), ("report ", self.report))
+        return ", ".join(f"{kind}{path}" for kind, path in kinds if path is not None)
+
+    def write(self, model: ModelProto, result: Result | None = None) -> None:
+        """Write every file; the model comes last, so that it stands for a finished run."""
+        from onnxprune.io import save, write_text
+
+        if result is not None and self.plan is not None:
+            write_text(self.plan, result.plan.to_json())
+        if result is not None and self.report is not None:
+            write_text(self.report, renderer(self.report)(result.report))
+        save(model, self.model)
