@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def stdout_console() -> Console:
 def show_report(console: Console, report: Report, *, layers: bool = False) -> None:
     """Print the before/after table, the checks, what each rebuilding step bought, and the notes."""
     if layers:
-        console.print(layer_table(console, report.layers))
-    console.print(cost_table(console, report.before, report.after))
+        _show_table(console, layer_table(console, report.layers))
+    _show_table(console, cost_table(console, report.before, report.after))
     for step in report.rebuild:
         console.print(f"rebuild: {_pairs(step)}")
     for check in report.checks:
@@ -59,7 +59,7 @@ def show_report(console: Console, report: Report, *, layers: bool = False) -> No
 
 def show_check(console: Console, check: CheckReport) -> None:
     """Print one check's outcome in a line, and a line for each problem that it found."""
-    console.print(f"check: {check_summary(check)}", style="green" if check.passed else "bold red")
+    console.print(f"check {check_summary(check)}", style="green" if check.passed else "bold red")
     for problem in check.problems:
         console.print(f"  problem: {problem}")
 
@@ -85,16 +85,16 @@ def show_inspection(
     table = _table(console, ("model", ""), left=2)
     for name, value in _facts(inspection):
         table.add_row(name, value)
-    console.print(table)
+    _show_table(console, table)
     if layers:
-        console.print(_weights_table(console, inspection.layers))
+        _show_table(console, _weights_table(console, inspection.layers))
     _show_groups(console, inspection.groups)
     if not inspection.frozen:
         console.print("frozen: nothing")
     elif why:
-        console.print(frozen_table(console, inspection.frozen))
+        _show_table(console, frozen_table(console, inspection.frozen))
     else:
-        console.print(reason_table(console, inspection.frozen))
+        _show_table(console, reason_table(console, inspection.frozen))
 
 
 def cost_table(console: Console, before: Cost, after: Cost) -> Table:
@@ -113,8 +113,8 @@ def cost_table(console: Console, before: Cost, after: Cost) -> Table:
 
 def layer_table(console: Console, layers: Sequence[LayerRow]) -> Table:
     """Every weighted node with its weight's shape, parameters and MACs, before and after."""
-    heads = ("layer", "operator", "shape before", "shape after")
-    table = _table(console, (*heads, "parameters", "after", "MACs", "after"), left=4)
+    heads = ("layer", "operator", "shape", "after", "params", "after", "MACs", "after")
+    table = _table(console, heads, left=4)
     for row in layers:
         shapes = (shape_text(row.shape_before), shape_text(row.shape_after))
         counts = (row.params_before, row.params_after, row.macs_before, row.macs_after)
@@ -158,7 +158,7 @@ def _show_groups(console: Console, groups: Sequence[GroupRow]) -> None:
         exact = "yes" if row.exact else "no"
         cells = (row.name, f"{row.units:,}", str(row.width), exact, str(len(row.tensors)))
         table.add_row(*cells, *(f"{count:,}" for count in counts))
-    console.print(table)
+    _show_table(console, table)
     if len(groups) > GROUPS_SHOWN:
         console.print(f"... and {len(groups) - GROUPS_SHOWN} more groups (--json lists all)")
 
@@ -198,8 +198,21 @@ def _table(console: Console, heads: Sequence[str], *, left: int) -> Table:
     lines = box.MARKDOWN if piped else box.SIMPLE_HEAD
     table = Table(box=lines, header_style="bold", show_edge=piped)
     for index, head in enumerate(heads):
-        table.add_column(head, justify="left" if index < left else "right", overflow="fold")
+        words = index < left
+        justify: JustifyMethod = "left" if words else "right"
+        table.add_column(head, justify=justify, no_wrap=not words, overflow="fold")
     return table
+
+
+def _show_table(console: Console, table: Table) -> None:
+    """Print a table with an empty line behind it; piped, without blanks around it."""
+    if console.is_terminal:
+        console.print(table)
+    else:
+        with console.capture() as capture:
+            console.print(table)
+        console.print(capture.get().strip())
+    console.print()
 
 
 def _price(row: FrozenRow | GroupRow) -> tuple[int, int]:
@@ -243,8 +256,8 @@ def bytes_text(size: int) -> str:
 
 
 def shape_text(shape: Sequence[int]) -> str:
-    """A shape as 64 x 3 x 7 x 7."""
-    return " x ".join(map(str, shape)) or "scalar"
+    """A shape as 64x3x7x7."""
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def _pairs(values: Mapping[str, object]) -> str:
