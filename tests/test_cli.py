@@ -276,6 +276,21 @@ class TestPrune:
         assert report["checks"][0]["max_error"] == 2.5e-7
         assert sorted(os.listdir()) == ["out.onnx", "p.json", "r.json"]
 
+    def test_all_files_or_none(
+        self, library: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def full(*_: object) -> None:
+            raise OnnxPruneError("no space left while writing out.onnx")
+
+        library("prune", result())
+        monkeypatch.setattr("onnxprune.io.save", full)
+        Path("p.json").write_text("old")
+        command = "prune in.onnx out.onnx --macs 0.5 --plan p.json --report r.json"
+        assert cli.main(command.split()) == 2
+        assert capsys.readouterr().err == "onnxprune: error: no space left while writing out.onnx\n"
+        assert os.listdir() == ["p.json"]
+        assert Path("p.json").read_text() == "old"
+
 
 @pytest.mark.usefixtures("workdir")
 class TestErrors:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,11 +47,25 @@ class Outputs:
         return ", ".join(f"{kind}{path}" for kind, path in kinds if path is not None)
 
     def write(self, model: ModelProto, result: Result | None = None) -> None:
-        """Write every file; the model comes last, so that it stands for a finished run."""
-        from onnxprune.io import save, write_text
+        """Write all of the files or none.
 
+        Raises:
+            OnnxPruneError: one cannot be written.
+        """
+        from onnxprune.files import flush, replacing
+        from onnxprune.io import save
+
+        with ExitStack() as stack:
+            for path, text in self._texts(result):
+                [temporary] = stack.enter_context(replacing(path))
+                with temporary.open("r+b") as stream:
+                    stream.write(text.encode())
+                    flush(stream)
+            save(model, self.model)
+
+    def _texts(self, result: Result | None) -> Iterator[tuple[Path, str]]:
+        """The plan's and the report's file and what goes into it, where they were asked for."""
         if result is not None and self.plan is not None:
-            write_text(self.plan, result.plan.to_json())
+            yield self.plan, result.plan.to_json()
         if result is not None and self.report is not None:
-            write_text(self.report, renderer(self.report)(result.report))
-        save(model, self.model)
+            yield self.report, renderer(self.report)(result.report)
