@@ -23,9 +23,7 @@ settings.register_profile(
     deadline=None,
     suppress_health_check=SLOW_DATA,
 )
-settings.register_profile(
-    "full", max_examples=2000, deadline=None, suppress_health_check=SLOW_DATA
-)
+settings.register_profile("full", max_examples=2000, deadline=None, suppress_health_check=SLOW_DATA)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # Variables that change what the command line prints.
