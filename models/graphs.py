@@ -90,7 +90,7 @@ class Network:
     def model(self, output: str, name: str) -> onnx.ModelProto:
         """The model that answers `output` [N, K]."""
         assert self._input is not None
-        shape = ["N", self._channels[output]]
+        shape: list[str | int | None] = ["N", self._channels[output]]
         result = helper.make_tensor_value_info(output, TensorProto.FLOAT, shape)
         initializers = [numpy_helper.from_array(v, n) for n, v in self._values.items()]
         graph = helper.make_graph(self._nodes, name, [self._input], [result], initializers)

@@ -164,8 +164,10 @@ def test_lengths() -> None:
     fixed = model(("image", TensorProto.FLOAT, [4, 6]))
     assert len(open_data({"x": X}, fixed)) == 8
     assert len(open_data([(X,)], fixed)) == 8
+    stream = open_data(Loader(X), model(FLAT))
     with pytest.raises(TypeError, match="only after iterating"):
-        len(open_data(Loader(X), model(FLAT)))
+        len(stream)
+    assert stream
 
 
 def test_a_fixed_batch_drops_what_does_not_fill_it() -> None:

@@ -122,6 +122,10 @@ class StreamDataset:
             return sum(map(_rows, self.items))
         return self.inputs.batch * sum(1 for _ in self._cut(self.items, 1))
 
+    def __bool__(self) -> bool:
+        """True: `data or other` must not ask a stream for its length."""
+        return True
+
     def batches(self, size: int, *, rng: np.random.Generator | None = None) -> Iterator[Batch]:
         """See `Dataset.batches`."""
         step = self.inputs.batch or positive(size)

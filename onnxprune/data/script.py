@@ -29,6 +29,10 @@ class ScriptDataset:
         """The number of samples. Raises TypeError where the script yields them one by one."""
         return len(self.data)
 
+    def __bool__(self) -> bool:
+        """True: `data or other` must not ask a stream for its length."""
+        return True
+
     def batches(self, size: int, *, rng: np.random.Generator | None = None) -> Iterator[Batch]:
         """See `Dataset.batches`."""
         stream = self.data.batches(size, rng=rng)
