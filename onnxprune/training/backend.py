@@ -1,0 +1,139 @@
+"""The gradient backend: a legalised graph with its loss, in a training worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.errors import TrainingError
+from onnxprune.training.client import Worker
+from onnxprune.training.draft import to_model
+from onnxprune.training.legalise import TrainingGraph
+from onnxprune.training.wire import Arrays, Header
+
+PROBE_STEPS = (3e-3, 1e-3, 3e-4, 1e-2)
+TOLERANCE = 0.05
+LOSS_TOLERANCE = 2e-3
+
+
+class WorkerTrainer:
+    """Trains through a worker process; implements `Trainer`.
+
+    The parameters live in the worker. `options` are the optimizer's: its name and constants.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        graph: TrainingGraph,
+        *,
+        optimizer: Mapping[str, Any],
+        weight_decay: float = 0.0,
+        clip: float = 0.0,
+        threads: int = 1,
+        masks: Mapping[str, NDArray[Any]] | None = None,
+    ) -> None:
+        self.names = sorted(graph.parameters)
+        self._worker = worker
+        model = to_model(graph.draft)
+        arrays: Arrays = {"model": np.frombuffer(model.SerializeToString(), np.uint8)}
+        arrays |= {"param:" + n: graph.parameters[n].value for n in self.names}
+        arrays |= {"mask:" + n: m.astype(np.float32) for n, m in (masks or {}).items()}
+        decay = {n: weight_decay for n in self.names if graph.parameters[n].decay}
+        worker.call(
+            "build",
+            arrays,
+            shapes={n: list(graph.parameters[n].value.shape) for n in self.names},
+            decay=decay,
+            masks=sorted(masks or {}),
+            optimizer=dict(optimizer),
+            clip=clip,
+            threads=threads,
+        )
+        self._inputs = {i.name for i in graph.draft.inputs}
+
+    def grads(self, batch: Mapping[str, NDArray[Any]]) -> tuple[float, dict[str, NDArray[Any]]]:
+        """Loss of a batch, and the gradient of every trained parameter; nothing is updated."""
+        head, arrays = self._worker.call("grads", self._own(batch))
+        return float(head["loss"]), arrays
+
+    def accumulate(self, batch: Mapping[str, NDArray[Any]]) -> float:
+        """Add a part of a batch to the coming step; its share of the loss."""
+        return float(self._worker.call("accumulate", self._own(batch))[0]["loss"])
+
+    def start_step(self, batch: Mapping[str, NDArray[Any]], lr: float) -> None:
+        """Begin a step on the last (or only) part of a batch; `finish_step` waits for it."""
+        self._worker.send("step", self._own(batch), lr=lr)
+
+    def finish_step(self) -> tuple[float, float]:
+        """The loss of the batch part, and the norm of the gradient, of the step begun last."""
+        head, _ = self._worker.receive()
+        loss, norm = float(head["loss"]), float(head["norm"])
+        if not (np.isfinite(loss) and np.isfinite(norm)):
+            raise TrainingError(
+                f"training diverged: the loss is {loss} and the gradient's norm {norm}; try a "
+                f"lower learning rate"
+            )
+        return loss, norm
+
+    def step(self, batch: Mapping[str, NDArray[Any]], lr: float) -> tuple[float, float]:
+        """One step."""
+        self.start_step(batch, lr)
+        return self.finish_step()
+
+    def values(self) -> dict[str, NDArray[Any]]:
+        """The present parameters."""
+        return self._worker.call("values")[1]
+
+    def state(self) -> tuple[Header, Arrays]:
+        """Parameters and optimizer, for `restore`."""
+        return self._worker.call("state")
+
+    def restore(self, head: Header, arrays: Arrays) -> None:
+        """Continue from a state."""
+        self._worker.call("restore", arrays, **head)
+
+    def check(self, batch: Mapping[str, NDArray[Any]], expected: float, *, seed: int = 0) -> None:
+        """The self-check before training.
+
+        The loss of the training graph must equal `expected`, which comes from inference; the
+        gradient must agree with central differences along a random direction over all parameters.
+
+        Raises:
+            TrainingError: one of the two does not hold.
+        """
+        facts, _ = self._worker.call("probe", self._own(batch), seed=seed, steps=list(PROBE_STEPS))
+        loss, slope = float(facts["loss"]), float(facts["slope"])
+        if not abs(loss - expected) <= LOSS_TOLERANCE * max(1.0, abs(expected)):
+            raise TrainingError(
+                f"the training graph does not compute the model: its loss is {loss:.6g}, "
+                f"that of the model's outputs {expected:.6g}; please report this model"
+            )
+        differences = [float(d) for d in facts["differences"]]
+        bounds = [
+            TOLERANCE * max(abs(d), abs(slope)) + 1e-6 * max(1.0, abs(loss)) / size
+            for d, size in zip(differences, PROBE_STEPS, strict=True)
+        ]
+        if not any(abs(d - slope) <= b for d, b in zip(differences, bounds, strict=True)):
+            shown = ", ".join(
+                f"{d:.4g} (step {s:g})" for d, s in zip(differences, PROBE_STEPS, strict=True)
+            )
+            raise TrainingError(
+                f"the gradient is wrong: along a random direction it gives {slope:.4g}, "
+                f"differences of the loss give {shown}; please report this model"
+            )
+
+    def _own(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The graph's inputs among the feeds, floats as float32."""
+        missing = self._inputs - batch.keys()
+        if missing:
+            raise TrainingError(f"the batch lacks {', '.join(sorted(missing))}")
+        return {n: _as_float32(batch[n]) for n in sorted(self._inputs)}
+
+
+def _as_float32(array: NDArray[Any]) -> NDArray[Any]:
+    is_float = array.dtype.kind == "f" or array.dtype.name == "bfloat16"
+    return array.astype(np.float32, copy=False) if is_float else array

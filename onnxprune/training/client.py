@@ -1,0 +1,203 @@
+"""The caller's end of the training worker: start it, talk to it, and never leave it behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from onnxprune.errors import TrainingError
+from onnxprune.training import wire
+from onnxprune.training.home import Runtime
+
+START_S = 120.0
+CALL_S = 3600.0
+TAIL_LINES = 12
+
+# The package's own __init__ files are bypassed: the worker's Python may be older and lack their
+# imports.
+_BOOTSTRAP = """
+import sys, types
+path, root = sys.argv[1:3]
+sys.path[0:1] = [path] if path else []
+for name, folder in (("onnxprune", root), ("onnxprune.training", root + "/training")):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [folder]
+from onnxprune.training import worker
+worker.main()
+"""
+
+
+class Worker:
+    """A running training worker; a context manager that ends the process whatever happens.
+
+    Raises:
+        TrainingError: from every call, when the worker answers with an error, dies, or exceeds
+            its time. The message ends with the tail of its standard error.
+    """
+
+    def __init__(
+        self, runtime: Runtime, *, timeout_s: float = CALL_S, start_s: float = START_S
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._expired = False
+        command = [str(runtime.python), "-c", _BOOTSTRAP, str(runtime.path or ""), _package_root()]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=_environment(),
+                **_own_group(),
+            )
+        except OSError as error:
+            self._errors.close()
+            raise TrainingError(
+                f"cannot start the training worker with {runtime.python}: {error}"
+            ) from error
+        try:
+            self.about = self.call("hello", timeout_s=start_s)[0]
+            self._check_build(runtime)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_build(self, runtime: Runtime) -> None:
+        if not self.about["training"]:
+            place = runtime.path or runtime.python
+            raise TrainingError(
+                f"{place} ({runtime.source}) holds onnxruntime {self.about['onnxruntime']} "
+                "without training; install onnxruntime-training-cpu there"
+            )
+
+    def call(
+        self,
+        op: str,
+        arrays: Mapping[str, NDArray[Any]] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **head: Any,
+    ) -> tuple[wire.Header, wire.Arrays]:
+        """Send one message and wait for the answer."""
+        self.send(op, arrays, timeout_s=timeout_s, **head)
+        return self.receive(timeout_s=timeout_s)
+
+    def send(
+        self,
+        op: str,
+        arrays: Mapping[str, NDArray[Any]] | None = None,
+        *,
+        timeout_s: float | None = None,
+        **head: Any,
+    ) -> None:
+        """Send one message; `receive` fetches its answer."""
+        stream: Any = self._process.stdin
+        with self._watched(timeout_s):
+            try:
+                wire.send(stream, {"op": op, **head}, arrays)
+            except (OSError, ValueError) as error:
+                raise self._death() from error
+
+    def receive(self, *, timeout_s: float | None = None) -> tuple[wire.Header, wire.Arrays]:
+        """The answer to the oldest message that has none yet."""
+        stream: Any = self._process.stdout
+        with self._watched(timeout_s):
+            try:
+                head, answer = wire.receive(stream)
+            except (EOFError, OSError, ValueError) as error:
+                raise self._death() from error
+        if "error" in head:
+            raise TrainingError(f"the training worker failed: {head['error']}")
+        return head, answer
+
+    @contextlib.contextmanager
+    def _watched(self, timeout_s: float | None) -> Iterator[None]:
+        """Kill the worker when the block takes too long, which ends the block's read or write."""
+        timer = threading.Timer(self._timeout_s if timeout_s is None else timeout_s, self._expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._process.kill()
+
+    def _death(self) -> TrainingError:
+        """Why there is no answer."""
+        self._process.kill()
+        code = self._process.wait()
+        reason = (
+            "did not answer in time and was stopped"
+            if self._expired
+            else f"ended (exit status {code})"
+        )
+        if code == -9 and not self._expired:
+            reason += ", perhaps for want of memory: try a smaller batch size"
+        tail = self._tail()
+        return TrainingError(f"the training worker {reason}" + (f": {tail}" if tail else ""))
+
+    def _tail(self) -> str:
+        self._errors.seek(0)
+        text = self._errors.read().decode(errors="replace")
+        return "\n".join(text.strip().splitlines()[-TAIL_LINES:])
+
+    def close(self) -> None:
+        """End the process and wait for it."""
+        with contextlib.suppress(OSError):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._errors.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._process.kill()
+        self.close()
+
+
+def _package_root() -> str:
+    return str(Path(__file__).resolve().parent.parent)
+
+
+def _environment() -> dict[str, str]:
+    """The caller's environment.
+
+    Less what would change the worker's modules or warn through them.
+    """
+    drop = {"PYTHONPATH", "PYTHONWARNINGS", "PYTHONSTARTUP", "COVERAGE_PROCESS_START"}
+    return {name: value for name, value in os.environ.items() if name not in drop}
+
+
+def _own_group() -> dict[str, Any]:
+    """Keep the terminal's Ctrl-C from the worker: the caller ends it."""
+    if sys.platform == "win32":
+        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    return {"start_new_session": True}

@@ -1,0 +1,446 @@
+"""Bring a copy of a model into the form that the gradient builder differentiates rightly.
+
+The builder takes some operators in one form only, and takes others wrongly without a word
+(inference BatchNormalization, auto_pad, Clip of old opsets). So the copy is converted to opset 21,
+constants are folded, and each node passes its rule. The model itself is never touched: trained
+values go back into it by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, inliner, numpy_helper, version_converter
+
+from onnxprune.errors import TrainingError
+from onnxprune.training import rules_conv, rules_math, rules_norm, rules_shape  # noqa: F401
+from onnxprune.training.draft import (
+    FLOATS,
+    OPSET,
+    RULES,
+    Draft,
+    Undifferentiable,
+    infer,
+    tensor_info,
+)
+from onnxprune.training.fold import fold_constants
+from onnxprune.training.functions import expand_function
+from onnxprune.training.parameters import (
+    Parameter,
+    constant_tensor,
+    constant_value,
+    find_parameters,
+)
+from onnxprune.training.rules_norm import merge_batchnorm
+
+QUANTISED = {
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "DynamicQuantizeLinear",
+    "QLinearConv",
+    "QLinearMatMul",
+    "ConvInteger",
+    "MatMulInteger",
+}
+# operators the builder differentiates, in the form that the rules leave them in
+DIFFERENTIABLE = {
+    *(
+        "Abs",
+        "Add",
+        "AveragePool",
+        "Cast",
+        "Clip",
+        "Concat",
+        "Conv",
+        "Cos",
+        "Div",
+        "Erf",
+        "Exp",
+        "Expand",
+    ),
+    *(
+        "Flatten",
+        "GRU",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Gelu",
+        "Gemm",
+        "GlobalAveragePool",
+        "Identity",
+    ),
+    *(
+        "LSTM",
+        "LayerNormalization",
+        "LeakyRelu",
+        "Log",
+        "LogSoftmax",
+        "MatMul",
+        "Max",
+        "MaxPool",
+        "Min",
+        "Mul",
+    ),
+    *(
+        "Neg",
+        "Pad",
+        "Pow",
+        "Reciprocal",
+        "ReduceL2",
+        "ReduceLogSumExp",
+        "ReduceMean",
+        "ReduceSum",
+        "Relu",
+    ),
+    *(
+        "Reshape",
+        "ScatterElements",
+        "ScatterND",
+        "Sigmoid",
+        "Sin",
+        "Slice",
+        "Softmax",
+        "Split",
+        "Sqrt",
+    ),
+    *("Squeeze", "Sub", "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where"),
+}
+PASSES = 8  # of rules and function bodies: an expansion may need expanding again
+
+
+@dataclass(frozen=True)
+class TrainingGraph:
+    """The legalised copy: its parameters to train, and why others are frozen."""
+
+    draft: Draft
+    parameters: dict[str, Parameter]
+    frozen: dict[str, str]
+
+
+def legalise(model: onnx.ModelProto) -> TrainingGraph:
+    """Make the training copy of a model.
+
+    Raises:
+        TrainingError: the model is quantised, cannot be brought to opset 21, or nothing in it can
+            be trained.
+    """
+    _refuse_quantised(model)
+    found = find_parameters(_inlined(model).graph)
+    if not found.trainable:
+        raise TrainingError(
+            "nothing to train: the model has no float weights (only float models can be fine-tuned)"
+        )
+    draft = _draft(_converted(_stripped(model, found.trainable)), found.trainable)
+    reasons = _rewrite(draft)
+    blocked = _blocked(draft, reasons)
+    frozen = {**found.frozen, **{n: blocked[n] for n in found.trainable if n in blocked}}
+    reached = _reached(draft)
+    for name in found.trainable:
+        if name not in blocked and name not in reached:
+            frozen[name] = "no differentiable path leads from it to a float output"
+    trained = {n: p for n, p in found.trainable.items() if n not in frozen}
+    if not trained:
+        reason = next(iter(frozen.values()))
+        raise TrainingError(
+            f"nothing to train: all {len(frozen)} weights are frozen; the first because {reason}"
+        )
+    for name in frozen.keys() & draft.parameters.keys():
+        draft.constants[name] = draft.parameters.pop(name)
+    return TrainingGraph(draft, trained, frozen)
+
+
+def _refuse_quantised(model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        if node.op_type in QUANTISED:
+            raise TrainingError(
+                f"cannot fine-tune a quantised model (node {node.name or node.output[0]!r}, "
+                f"{node.op_type}); "
+                f"fine-tune the float model and quantise it afterwards"
+            )
+
+
+def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without functions of its own."""
+    if not model.functions:
+        return model
+    return inliner.inline_local_functions(model)
+
+
+def _stripped(model: onnx.ModelProto, parameters: dict[str, Parameter]) -> onnx.ModelProto:
+    """A float32 copy whose parameters are graph inputs.
+
+    So that it is small whatever the model weighs.
+    """
+    source = _inlined(model)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(source)
+    graph = copy.graph
+    constants = [t for t in graph.initializer if t.name not in parameters]
+    nodes = []
+    for node in graph.node:
+        tensor = constant_tensor(node)
+        if tensor is None:
+            nodes.append(node)
+        elif node.output[0] not in parameters:
+            constants.append(_renamed(tensor, node.output[0]))
+    names = {t.name for t in constants} | parameters.keys()
+    inputs = [i for i in graph.input if i.name not in names]
+    inputs += [tensor_info(n, p.value) for n, p in parameters.items()]
+    fresh = helper.make_graph(
+        [_float32_node(n) for n in nodes], "training", inputs, list(graph.output)
+    )
+    fresh.initializer.extend(_float32_tensor(t) for t in constants)
+    for info in [*fresh.input, *fresh.output]:
+        if info.type.tensor_type.elem_type in FLOATS:
+            info.type.tensor_type.elem_type = TensorProto.FLOAT
+    result = helper.make_model(fresh, opset_imports=list(source.opset_import))
+    result.ir_version = 10
+    return result
+
+
+def _renamed(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
+    copy = onnx.TensorProto()
+    copy.CopyFrom(tensor)
+    copy.name = name
+    return copy
+
+
+def _float32_tensor(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    if tensor.data_type not in FLOATS or tensor.data_type == TensorProto.FLOAT:
+        return tensor
+    return numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
+
+
+def _float32_node(node: onnx.NodeProto) -> onnx.NodeProto:
+    """The node with its float types replaced: Cast targets, and tensors in attributes."""
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    for attribute in copy.attribute:
+        if attribute.name in ("to", "dtype") and attribute.i in FLOATS:
+            attribute.i = TensorProto.FLOAT
+        if attribute.type == onnx.AttributeProto.TENSOR:
+            attribute.t.CopyFrom(_float32_tensor(attribute.t))
+    return copy
+
+
+def _converted(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model at opset 21."""
+    version = next((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), OPSET)
+    if version == OPSET:
+        return model
+    if version > OPSET:
+        return _lowered(model, version)
+    try:
+        return version_converter.convert_version(model, OPSET)
+    except Exception as error:  # the converter's own errors have no common type
+        first = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"cannot fine-tune: conversion from opset {version} to {OPSET} failed: {first}"
+        ) from error
+
+
+def _lowered(model: onnx.ModelProto, version: int) -> onnx.ModelProto:
+    """Opset 22 and later only added types and a few operators: expand those, keep the rest."""
+    nodes = list(model.graph.node)
+    for _ in range(PASSES):
+        newer = [n for n in nodes if _is_newer(n)]
+        if not newer:
+            break
+        inferred = onnx.shape_inference.infer_shapes(_with_nodes(model, nodes, version))
+        expanded: list[onnx.NodeProto] = []
+        for node in nodes:
+            body = expand_function(node, inferred.graph, version) if _is_newer(node) else None
+            expanded.extend(body or [node])
+        nodes = expanded
+    left = next((n for n in nodes if _is_newer(n)), None)
+    if left is not None:
+        raise TrainingError(
+            f"cannot fine-tune: {left.op_type} of opset {version} has no form in opset {OPSET}"
+        )
+    return _with_nodes(model, nodes, OPSET)
+
+
+def _is_newer(node: onnx.NodeProto) -> bool:
+    """Whether opset 21 lacks the operator."""
+    if node.domain not in ("", "ai.onnx"):
+        return False
+    return not onnx.defs.has(node.op_type) or not _known(node.op_type)
+
+
+def _known(op_type: str) -> bool:
+    try:
+        onnx.defs.get_schema(op_type, OPSET)
+    except onnx.defs.SchemaError:
+        return False
+    return True
+
+
+def _with_nodes(
+    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], version: int
+) -> onnx.ModelProto:
+    """A copy of the model with these nodes and this opset."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.node[:]
+    copy.graph.node.extend(nodes)
+    for entry in copy.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = version
+    return copy
+
+
+def _draft(model: onnx.ModelProto, parameters: dict[str, Parameter]) -> Draft:
+    """The converted copy as a draft with folded constants."""
+    graph = model.graph
+    draft = Draft(
+        nodes=list(graph.node),
+        inputs=[i for i in graph.input if i.name not in parameters],
+        outputs=list(graph.output),
+        parameters={n: p.value for n, p in parameters.items()},
+        constants={t.name: numpy_helper.to_array(t) for t in graph.initializer},
+    )
+    _absorb_constants(draft)
+    infer(draft)
+    fold_constants(draft)
+    return draft
+
+
+def _rewrite(draft: Draft) -> dict[str, str]:
+    """Apply rules and function bodies until nothing changes.
+
+    First output of a node -> why it has no gradient.
+    """
+    reasons: dict[str, str] = {}
+    settled: set[str] = set()
+    merge_batchnorm(draft)
+    for _ in range(PASSES):
+        infer(draft)
+        changed = False
+        nodes: list[onnx.NodeProto] = []
+        on_path = _on_path(draft)
+        for node in draft.nodes:
+            key = _key(node)
+            if key in settled or key not in on_path:
+                nodes.append(node)
+                continue
+            fresh, reason = _replacement(node, draft)
+            if fresh is None:
+                settled.add(key)
+            if reason:
+                reasons[key] = reason
+            changed |= fresh is not None
+            nodes.extend([node] if fresh is None else fresh)
+        draft.nodes = nodes
+        if not changed:
+            break
+        _absorb_constants(draft)
+        infer(draft)
+        fold_constants(draft)
+    infer(draft)
+    return reasons
+
+
+def _absorb_constants(draft: Draft) -> None:
+    """Constant nodes (of function bodies.
+
+    Or made by the opset converter) become constants of the draft.
+    """
+    nodes = []
+    for node in draft.nodes:
+        if node.op_type == "Constant" and not node.domain:
+            draft.constants[node.output[0]] = constant_value(node)
+        else:
+            nodes.append(node)
+    draft.nodes = nodes
+
+
+def _replacement(
+    node: onnx.NodeProto, draft: Draft
+) -> tuple[list[onnx.NodeProto] | None, str | None]:
+    """What replaces a node (None: it stays), and why it has no gradient if so."""
+    where = f"{node.op_type} ({node.name or node.output[0]})"
+    if node.domain not in ("", "ai.onnx"):
+        return None, f"{where} of domain {node.domain} has no gradient"
+    if any(
+        a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for a in node.attribute
+    ):
+        return None, f"{where} has a subgraph, which has no gradient"
+    if node.op_type in RULES:
+        try:
+            fresh = RULES[node.op_type](node, draft)
+        except Undifferentiable as reason:
+            return None, f"{reason} (node {node.name or node.output[0]!r})"
+        if fresh is not None:
+            return fresh, None
+    if node.op_type in DIFFERENTIABLE:
+        return None, None
+    body = expand_function(node, draft, OPSET)
+    return (body, None) if body is not None else (None, f"{where} has no gradient")
+
+
+def _key(node: onnx.NodeProto) -> str:
+    return str(next(output for output in node.output if output))
+
+
+def _is_float(draft: Draft, tensor: str) -> bool:
+    return draft.types.get(tensor, TensorProto.FLOAT) in FLOATS
+
+
+def _on_path(draft: Draft) -> set[str]:
+    """Keys of the nodes between a parameter and an output, along float tensors."""
+    forward: set[str] = set(draft.parameters)
+    below: set[str] = set()
+    for node in draft.nodes:
+        if any(i in forward for i in _read(node)) and any(
+            _is_float(draft, o) for o in node.output if o
+        ):
+            forward |= {o for o in node.output if o and _is_float(draft, o)}
+            below.add(_key(node))
+    backward = {o.name for o in draft.outputs}
+    path: set[str] = set()
+    for node in reversed(draft.nodes):
+        if any(o in backward for o in node.output):
+            backward |= set(_read(node))
+            if _key(node) in below:
+                path.add(_key(node))
+    return path
+
+
+def _read(node: onnx.NodeProto) -> Iterable[str]:
+    """Every tensor a node reads, those that its subgraphs capture included."""
+    yield from node.input
+    for attribute in node.attribute:
+        graphs = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
+        for graph in graphs:
+            for inner in graph.node:
+                yield from _read(inner)
+            yield from (o.name for o in graph.output)
+
+
+def _blocked(draft: Draft, reasons: dict[str, str]) -> dict[str, str]:
+    """Tensor name -> the reason of the first node downstream of it that has no gradient."""
+    blocked: dict[str, str] = {}
+    for node in reversed(draft.nodes):
+        reason: Any = reasons.get(_key(node))
+        if reason is None:
+            reason = next(
+                (blocked[o] for o in node.output if o in blocked and _is_float(draft, o)), None
+            )
+        if reason is not None:
+            for name in _read(node):
+                if _is_float(draft, name):
+                    blocked.setdefault(name, reason)
+    return blocked
+
+
+def _reached(draft: Draft) -> set[str]:
+    """Tensors from which a path of float tensors leads to a float output."""
+    reached = {o.name for o in draft.outputs if _is_float(draft, o.name)}
+    for node in reversed(draft.nodes):
+        if any(o in reached for o in node.output):
+            reached |= {name for name in node.input if _is_float(draft, name)}
+    return reached

@@ -1,0 +1,294 @@
+"""Convolutions, pooling and resampling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from onnxprune.training.draft import (
+    OPSET,
+    Builder,
+    Draft,
+    Undifferentiable,
+    attributes,
+    replaced,
+    rule,
+)
+
+
+@rule("Conv")
+def conv(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto] | None:
+    """x[N, C, *S], W[M, C/g, *K], b[M] -> y[N, M, *S'].
+
+    Explicit pads, since the gradient ignores auto_pad.
+    """
+    return _with_pads(node, draft, draft.static(node, node.input[1])[2:])
+
+
+@rule("MaxPool", "AveragePool")
+def pool(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto] | None:
+    """x[N, C, *S] -> y[N, C, *S']"""
+    options = attributes(node)
+    if node.op_type == "AveragePool" and any(d != 1 for d in options.get("dilations", [])):
+        raise Undifferentiable("AveragePool: the gradient ignores dilations")
+    if options.get("ceil_mode"):
+        return _without_ceil(node, draft)
+    return _with_pads(node, draft, list(options["kernel_shape"]))
+
+
+def _with_pads(
+    node: onnx.NodeProto, draft: Draft, kernel: list[int]
+) -> list[onnx.NodeProto] | None:
+    """The node with explicit pads; None where it has them."""
+    options = attributes(node)
+    mode = options.get("auto_pad", "NOTSET")
+    if mode == "NOTSET":
+        return None
+    if mode == "VALID":
+        return [replaced(node, auto_pad=None, pads=[0] * 2 * len(kernel))]
+    begins, ends = [], []
+    for axis, size in enumerate(kernel):
+        total = _same_total(node, draft, axis, size)
+        small, large = total // 2, total - total // 2
+        begins.append(large if mode == "SAME_LOWER" else small)
+        ends.append(small if mode == "SAME_LOWER" else large)
+    return [replaced(node, auto_pad=None, pads=[*begins, *ends])]
+
+
+def _same_total(node: onnx.NodeProto, draft: Draft, axis: int, kernel: int) -> int:
+    """Padding in all along one spatial axis for auto_pad SAME."""
+    options = attributes(node)
+    stride = int((options.get("strides") or [1] * (axis + 1))[axis])
+    reach = (kernel - 1) * int((options.get("dilations") or [1] * (axis + 1))[axis]) + 1
+    if stride == 1:
+        return reach - 1
+    size = draft.static(node, node.input[0], [axis + 2])[0]
+    return max(0, (-(-size // stride) - 1) * stride + reach - size)
+
+
+def _without_ceil(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto] | None:
+    """Rounding up as extra padding at the end, where that means the same."""
+    options = attributes(node)
+    kernel = list(options["kernel_shape"])
+    rank = len(kernel)
+    pads = list(options.get("pads") or [0] * 2 * rank)
+    strides = options.get("strides") or [1] * rank
+    dilations = options.get("dilations") or [1] * rank
+    for axis in range(rank):
+        size = draft.static(node, node.input[0], [axis + 2])[0]
+        room = size + pads[axis] + pads[axis + rank] - (kernel[axis] - 1) * dilations[axis] - 1
+        extra = -room % strides[axis]
+        if extra and room + extra >= size + pads[axis]:
+            extra = 0  # the window would begin in the padding
+        if extra and node.op_type == "AveragePool" and options.get("count_include_pad"):
+            raise Undifferentiable(
+                "AveragePool: ceil_mode with count_include_pad has no equal padding"
+            )
+        pads[axis + rank] += extra
+    return [replaced(node, ceil_mode=None, auto_pad=None, pads=pads)]
+
+
+@rule("GlobalMaxPool")
+def global_max_pool(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto]:
+    """x[N, C, *S] -> y[N, C, 1, ...]: the largest of the flattened positions."""
+    rank = draft.rank(node, node.input[0])
+    b = Builder(draft, node)
+    flat = b.op("Reshape", node.input[0], np.array([0, 0, -1]))
+    top = b.ops(
+        "TopK", flat, np.array([1]), outputs=[draft.name("top"), draft.name("index")], axis=2
+    )[0]
+    b.op("Reshape", top, np.array([0, 0] + [1] * (rank - 2)), output=node.output[0])
+    return b.nodes
+
+
+@rule("ConvTranspose")
+def conv_transpose(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto]:
+    """x[N, C, *S], W[C, M/g, *K], b[M] -> y[N, M, *S'].
+
+    Zeros between the values, then Conv with the turned kernel.
+    """
+    options = attributes(node)
+    shape = draft.static(node, node.input[1])
+    kernel, group = shape[2:], options.get("group", 1)
+    rank = len(kernel)
+    strides = list(options.get("strides") or [1] * rank)
+    dilations = list(options.get("dilations") or [1] * rank)
+    sizes = (
+        draft.static(node, node.input[0], range(2, rank + 2))
+        if _needs_size(options, strides)
+        else []
+    )
+    begins, ends = _transposed_pads(options, kernel, strides, dilations, sizes)
+    b = Builder(draft, node)
+    spread = _spread_zeros(b, node.input[0], strides, sizes)
+    reach = [(k - 1) * d for k, d in zip(kernel, dilations, strict=True)]
+    pads = [r - p for r, p in zip(reach * 2, begins + ends, strict=True)]
+    spread, pads = _cropped(b, spread, pads, rank)
+    weight = _turned(b, node.input[1], shape, group)
+    inputs = [spread, weight, *node.input[2:3]]
+    b.op("Conv", *inputs, output=node.output[0], group=group, dilations=dilations, pads=pads)
+    return b.nodes
+
+
+def _needs_size(options: dict[str, Any], strides: list[int]) -> bool:
+    named = options.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    return any(s > 1 for s in strides) or bool(options.get("output_shape")) or named
+
+
+def _transposed_pads(
+    options: dict[str, Any],
+    kernel: list[int],
+    strides: list[int],
+    dilations: list[int],
+    sizes: list[int],
+) -> tuple[list[int], list[int]]:
+    """What ConvTranspose cuts at the begin and end of each axis (negative.
+
+    Adds), as the standard defines it.
+    """
+    rank = len(kernel)
+    extra = list(options.get("output_padding") or [0] * rank)
+    pads = list(options.get("pads") or [0] * 2 * rank)
+    begins, ends = pads[:rank], [p - e for p, e in zip(pads[rank:], extra, strict=True)]
+    mode, wanted = options.get("auto_pad", "NOTSET"), options.get("output_shape")
+    if not wanted and mode not in ("SAME_UPPER", "SAME_LOWER"):
+        return begins, ends
+    for axis in range(rank):
+        target = wanted[-rank:][axis] if wanted else sizes[axis] * strides[axis]
+        full = (
+            strides[axis] * (sizes[axis] - 1)
+            + extra[axis]
+            + (kernel[axis] - 1) * dilations[axis]
+            + 1
+        )
+        total = full - target
+        half = total // 2
+        begins[axis] = half if mode == "SAME_UPPER" else total - half
+        ends[axis] = total - begins[axis] - extra[axis]
+    return begins, ends
+
+
+def _spread_zeros(b: Builder, x: str, strides: list[int], sizes: list[int]) -> str:
+    """x[N, C, *S] with stride - 1 zeros between neighbours along each spatial axis."""
+    for axis, stride in enumerate(strides):
+        if stride == 1:
+            continue
+        place = axis + 2
+        apart = b.op("Unsqueeze", x, np.array([place + 1]))
+        rank = len(strides) + 3
+        pads = [0] * 2 * rank
+        pads[rank + place + 1] = stride - 1
+        padded = b.op("Pad", apart, np.array(pads), 0.0)
+        done = [
+            s if a > axis else (s - 1) * t + 1
+            for a, (s, t) in enumerate(zip(sizes, strides, strict=True))
+        ]
+        done[axis] = sizes[axis] * stride
+        joined = b.op("Reshape", padded, np.array([0, 0, *done]))
+        end = (sizes[axis] - 1) * stride + 1
+        x = b.op("Slice", joined, np.array([0]), np.array([end]), np.array([place]))
+    return x
+
+
+def _cropped(b: Builder, x: str, pads: list[int], rank: int) -> tuple[str, list[int]]:
+    """Negative pads as a Slice."""
+    if min(pads) >= 0:
+        return x, pads
+    starts = [max(0, -p) for p in pads[:rank]]
+    ends = [p if p < 0 else np.iinfo(np.int64).max for p in pads[rank:]]
+    x = b.op("Slice", x, np.array(starts), np.array(ends), np.arange(2, rank + 2))
+    return x, [max(0, p) for p in pads]
+
+
+def _turned(b: Builder, weight: str, shape: list[int], group: int) -> str:
+    """W[C, M/g, *K] -> W'[M, C/g, *K] with every spatial axis reversed."""
+    rows, columns, kernel = shape[0] // group, shape[1], shape[2:]
+    count = int(np.prod(kernel))
+    flat = b.op("Reshape", weight, np.array([group, rows, columns, count]))
+    swapped = b.op("Transpose", flat, perm=[0, 2, 1, 3])
+    reverse = np.arange(count)[::-1].copy()
+    turned = b.op("Gather", swapped, reverse, axis=3)
+    return b.op("Reshape", turned, np.array([group * columns, rows, *kernel]))
+
+
+@rule("Resize")
+def resize(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto]:
+    """x[*S] -> y[*S']: a constant matrix per axis, whatever the mode.
+
+    ONNX Runtime itself computes the matrices.
+    """
+    options = attributes(node)
+    if options.get("coordinate_transformation_mode") == "tf_crop_and_resize" or options.get(
+        "antialias"
+    ):
+        raise Undifferentiable("Resize: tf_crop_and_resize and antialias are not covered")
+    scales, sizes = draft.value(node, 2), draft.value(node, 3)
+    rank = draft.rank(node, node.input[0])
+    axes = [a % rank for a in options.get("axes") or range(rank)]
+    x = node.input[0]
+    b = Builder(draft, node)
+    for place, axis in enumerate(axes):
+        if scales is not None and scales.size and scales[place] == 1:
+            continue
+        if axis < 1:
+            if sizes is not None and draft.shape(node.input[0]) is not None:
+                continue  # the batch is never resampled
+            raise Undifferentiable("Resize: it resamples the batch axis")
+        before = draft.static(node, node.input[0], [axis])[0]
+        matrix = _resize_matrix(node, before, _length(scales, sizes, place, before), scales, place)
+        if matrix is not None:
+            x = _along(b, x, matrix, axis, rank)
+    return b.done(x)
+
+
+def _length(scales: Any, sizes: Any, place: int, before: int) -> int:
+    if sizes is not None and sizes.size:
+        return int(sizes[place])
+    return int(np.floor(before * np.float32(scales[place])))
+
+
+def _resize_matrix(node: onnx.NodeProto, before: int, after: int, scales: Any, place: int) -> Any:
+    """R[after, before], found by resizing the unit vectors."""
+    from onnxprune import runtime
+
+    by_size = scales is None or not scales.size
+    if by_size and before == after:
+        return None
+    inputs = ["x", "", "", "sizes"] if by_size else ["x", "", "scales"]
+    limits = (
+        {"sizes": np.array([before, after])}
+        if by_size
+        else {"scales": np.array([1, scales[place]], np.float32)}
+    )
+    options = {
+        k: v for k, v in attributes(node).items() if k not in ("axes", "keep_aspect_ratio_policy")
+    }
+    tensors = [
+        helper.make_tensor(n, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape, v)
+        for n, v in limits.items()
+    ]
+    graph = helper.make_graph(
+        [helper.make_node("Resize", inputs, ["y"], **options)],
+        "resize",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [before, before])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        tensors,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+    session = runtime.session(model, threads=1, optimize=False)
+    return runtime.run(session, {"x": np.eye(before, dtype=np.float32)})["y"].T.copy()
+
+
+def _along(b: Builder, x: str, matrix: Any, axis: int, rank: int) -> str:
+    """The matrix R[m, n] applied along one axis of x."""
+    if axis == rank - 1:
+        return b.op("MatMul", x, np.ascontiguousarray(matrix.T))
+    if axis == rank - 2:
+        return b.op("MatMul", matrix, x)
+    order = [a for a in range(rank) if a != axis] + [axis]
+    back = [int(i) for i in np.argsort(order)]
+    moved = b.op("MatMul", b.op("Transpose", x, perm=order), np.ascontiguousarray(matrix.T))
+    return b.op("Transpose", moved, perm=back)
