@@ -91,10 +91,14 @@ def _runtime_errors() -> tuple[type[Exception], ...]:
 
 
 def _first_line(error: Exception) -> str:
-    """ONNX Runtime's words on one line, without its error codes and source positions."""
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
+    """ONNX Runtime's words on one line, without its error codes and C++ positions."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"/\S+\.(?:cc|h):\d+ ", "", text)
-    return " ".join(text.split()) or type(error).__name__
+    place = r"Non-zero status code returned while running (\w+) node\. Name:'(.*?)' Status Message: "
+    text = re.sub(place, r"node '\2' (\1): ", text)
+    text = re.sub(r"(?<=: )\S* ?\S+::.*? was false\. ", "", text)
+    return text or type(error).__name__
 
 
 def run(
@@ -147,7 +151,7 @@ def _prepared(
     """A call that runs the session; values of types that numpy lacks pass as OrtValues."""
     types = [value.type for value in (*session.get_inputs(), *session.get_outputs())]
     if not any(_WITHOUT_NUMPY.fullmatch(kind) for kind in types):
-        arrays = dict(feeds)
+        arrays = {n: a if isinstance(a, list) else np.asarray(a) for n, a in feeds.items()}
         return lambda: list(session.run(names, arrays))
     values = {name: _ort_value(array) for name, array in feeds.items()}
     return lambda: [_array(v) for v in session.run_with_ort_values(names, values)]
@@ -157,6 +161,7 @@ def _ort_value(array: NDArray[Any]) -> Any:
     """An OrtValue, also of bfloat16 and float8."""
     from onnxruntime import OrtValue
 
+    array = np.asarray(array)
     if array.dtype.isbuiltin == 1:
         return OrtValue.ortvalue_from_numpy(array)
     kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
