@@ -1,0 +1,64 @@
+"""Operator rules, one file per family, and the one function that applies them to a node."""
+
+from __future__ import annotations
+
+from onnxprune.coupling import Interpreter
+from onnxprune.graph import Node
+from onnxprune.ops import (
+    contraction,
+    elementwise,
+    indexing,
+    lengths,
+    normalization,
+    recurrent,
+    reduction,
+    shaping,
+    spatial,
+)
+from onnxprune.ops.registry import REWRITES, find
+
+__all__ = ["REWRITES", "interpret_node"]
+
+_FAMILIES = (
+    contraction,
+    elementwise,
+    indexing,
+    normalization,
+    recurrent,
+    reduction,
+    shaping,
+    spatial,
+)
+
+
+def interpret_node(state: Interpreter, node: Node) -> None:
+    """Apply the rule of `node`; what no rule handles is frozen with that reason."""
+    if node.op_type == "Constant" and node.domain == "":
+        return
+    if node.op_type == "Identity" and state.constant(node, 0) is not None:
+        state.aliases[node.outputs[0]] = state.aliases.get(node.inputs[0], node.inputs[0])
+        return
+    if lengths.follow(state, node):
+        return
+    for name in state.graph.captured.get(node.index, ()):
+        _freeze_captured(state, node, name)
+    entry = find(node, state.graph.opsets.get(node.domain, 1))
+    if entry is None:
+        for slot, name in enumerate(node.inputs):
+            if name:
+                state.freeze_input(node, slot, f"no rule for operator {node.op_type}")
+        return
+    if any(name and state.shapes.dims(name) is None for name in (*node.inputs, *node.outputs)):
+        for slot in range(len(node.inputs)):
+            state.freeze_input(node, slot, f"a shape around {node.title} is unknown")
+        return
+    state.begin(node)
+    entry.rule(node, state)
+    state.finish(node)
+
+
+def _freeze_captured(state: Interpreter, node: Node, name: str) -> None:
+    for block in state.layouts.get(name, ()):
+        state.freeze(node, block.labels, f"used inside the body of {node.title}")
+    if name in state.graph.constants:
+        state.captured.add(name)

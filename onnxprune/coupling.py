@@ -1,0 +1,381 @@
+"""The forward interpretation: one pass over the graph that labels every axis and ties what must be pruned together.
+
+Each operator's rule (onnxprune.ops) reads the labels of its inputs, ties some, freezes some with a reason, and names the
+labels of its outputs. What remains connected by ties is a *unit*: the set of indices over all tensors that are
+removed together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from onnxprune.graph import Constant, Graph, Node
+from onnxprune.labels import Block, Factor, Labels, Layout, Solution, System, reduce_to_varying
+from onnxprune.shapes import Dims, Shapes
+
+Array = NDArray[Any]
+Use = tuple[int, int]
+#: Labels that a shape value's elements depend on, one tuple per element.
+Lengths = tuple[tuple[Labels, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A weighted operator: its MACs are `macs` times the surviving share of each label vector in `axes`.
+
+    `weight` is the input slot of its main weight, -1 for products of activations.
+    """
+
+    node: int
+    weight: int
+    macs: float
+    axes: tuple[Labels, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Contraction:
+    """Input `slot` of node `node` is summed over `axis`: zeros there equal removal there."""
+
+    node: int
+    slot: int
+    axis: int
+    labels: Labels
+
+
+@dataclass(frozen=True, eq=False)
+class Shuffle:
+    """A chain from `source` to `target` that permutes one axis: removable indices need not be a product of factors,
+    because the chain can be replaced by a Gather."""
+
+    source: str
+    axis: int
+    labels: Labels
+    joint: Labels
+    target: str
+    chain: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where a jointly labelled pair of axes came from: the tensor before the split, its axis, the nodes since."""
+
+    tensor: str
+    axis: int
+    labels: Labels
+    chain: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """The result of the interpretation, immutable."""
+
+    graph: Graph
+    shapes: Shapes
+    solution: Solution
+    system: System
+    layouts: Mapping[str, Layout]
+    constants: Mapping[str, Mapping[Use, Layout]]
+    layers: tuple[Layer, ...]
+    contractions: tuple[Contraction, ...]
+    products: tuple[tuple[int, Labels], ...]
+    shuffles: tuple[Shuffle, ...]
+    lengths: Mapping[str, Lengths]
+    aliases: Mapping[str, str]
+    settled: Mapping[int, tuple[Block, dict[int, Labels]]]
+    notes: Mapping[int, Labels]
+    keepers: tuple[Labels, ...]
+
+
+@dataclass
+class Interpreter:
+    """The state of the pass, and what rules may do to it."""
+
+    graph: Graph
+    shapes: Shapes
+    granularity: str = "head"
+    system: System = field(default_factory=System)
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    constants: dict[str, dict[Use, dict[int, Labels]]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    layers: list[Layer] = field(default_factory=list)
+    contractions: list[Contraction] = field(default_factory=list)
+    products: list[tuple[int, Labels]] = field(default_factory=list)
+    shuffles: list[Shuffle] = field(default_factory=list)
+    lengths: dict[str, Lengths] = field(default_factory=dict)
+    settled: dict[int, tuple[Block, dict[int, Labels]]] = field(default_factory=dict)
+    notes: dict[int, Labels] = field(default_factory=dict)
+    keepers: list[Labels] = field(default_factory=list)
+    captured: set[str] = field(default_factory=set)
+    static: set[str] = field(default_factory=set)
+    touched: set[tuple[int, int]] = field(default_factory=set)
+
+    # -- around a rule ---------------------------------------------------------------------------------------
+
+    def begin(self, node: Node) -> None:
+        """A rule is about to look at `node`."""
+        self.touched.clear()
+        if all(not name or self.is_static(node, slot) for slot, name in enumerate(node.inputs)):
+            self.static.update(node.outputs)
+
+    def finish(self, node: Node) -> None:
+        """What the rule of `node` did not look at must stay."""
+        for slot, name in enumerate(node.inputs):
+            for block in self.layouts.get(name, ()):
+                if not all((slot, a) in self.touched for a in block.axes):
+                    self.freeze(node, block.labels, f"{node.title} does not pass this axis on")
+
+    def is_static(self, node: Node, slot: int) -> bool:
+        """Whether input `slot` is a constant or computed from constants alone."""
+        return self.constant(node, slot) is not None or node.input(slot) in self.static
+
+    # -- reading ---------------------------------------------------------------------------------------------
+
+    def dims(self, node: Node, slot: int) -> Dims:
+        """The shape of input `slot`; empty where the input is absent or unknown."""
+        return self.shapes.dims(node.input(slot)) or ()
+
+    def out_dims(self, node: Node, index: int = 0) -> Dims:
+        """The shape of output `index`; empty where it is absent or unknown."""
+        name = node.outputs[index] if index < len(node.outputs) else ""
+        return self.shapes.dims(name) or ()
+
+    def value(self, node: Node, slot: int) -> Array | None:
+        """The folded value of input `slot` where it is the same for every input size."""
+        name = node.input(slot)
+        return self.shapes.value(name) if name and self.shapes.is_fixed_value(name) else None
+
+    def constant(self, node: Node, slot: int) -> Constant | None:
+        """The constant in input `slot`, also through Identity; None for activations."""
+        name = node.input(slot)
+        return self.graph.constants.get(self.aliases.get(name, name))
+
+    def axis(self, node: Node, slot: int, axis: int) -> Labels | None:
+        """The labels of one axis of input `slot`; None where it cannot be pruned (the engine has settled it)."""
+        dims = self.dims(node, slot)
+        axis = axis % len(dims) if dims else axis
+        self.touched.add((slot, axis))
+        constant = self.constant(node, slot)
+        if constant is not None:
+            return self._constant_axis(constant, node, slot, axis)
+        for block in self.layouts.get(node.input(slot), ()):
+            if axis in block.axes:
+                if not block.joint:
+                    return block.labels
+                return self.settle(block, node)[axis]
+        return None
+
+    def layout(self, node: Node, slot: int) -> Layout:
+        """All labels of input `slot`, joint blocks included."""
+        constant = self.constant(node, slot)
+        if constant is None:
+            layout = self.layouts.get(node.input(slot), ())
+            self.touched.update((slot, a) for block in layout for a in block.axes)
+            return layout
+        axes = (a for a, n in enumerate(constant.dims) if n > 1)
+        found = ((a, self._constant_axis(constant, node, slot, a)) for a in axes)
+        return tuple(Block((a,), labels) for a, labels in found if labels is not None)
+
+    def _constant_axis(self, constant: Constant, node: Node, slot: int, axis: int) -> Labels | None:
+        if (
+            axis >= len(constant.dims)
+            or constant.dims[axis] <= 1
+            or constant.name in self.graph.outputs
+        ):
+            return None
+        own = self.constants.setdefault(constant.name, {})
+        key = (node.index, slot)
+        if not constant.is_vector and own:
+            shared = next(iter(own.values()))
+            own.setdefault(key, shared)
+        labels = own.setdefault(key, {})
+        if axis not in labels:
+            labels[axis] = self.system.fresh(constant.dims[axis])
+        return labels[axis]
+
+    # -- stating facts ---------------------------------------------------------------------------------------
+
+    def set(self, node: Node, axes: Mapping[int, Labels | None], index: int = 0) -> None:
+        """Output `index` carries these labels on these axes; its other axes cannot be pruned."""
+        if index >= len(node.outputs) or not node.outputs[index]:
+            return
+        rank = len(self.out_dims(node, index))
+        dims = self.out_dims(node, index)
+        blocks = [
+            Block((a % rank,), labels)
+            for a, labels in axes.items()
+            if labels is not None and labels.size == dims[a % rank] and labels.size > 1
+        ]
+        self.set_layout(node, tuple(blocks), index)
+
+    def set_layout(self, node: Node, layout: Layout, index: int = 0) -> None:
+        """Output `index` carries this layout."""
+        if layout:
+            self.layouts[node.outputs[index]] = layout
+
+    def tie(self, node: Node, a: Labels | None, b: Labels | None) -> None:
+        """Labels a[i] and b[i] are removed together; None stands for an axis that cannot be pruned."""
+        if a is None and b is None:
+            return
+        if a is None or b is None:
+            self.freeze(
+                node,
+                b if a is None else a,
+                f"aligned with an axis that cannot be pruned in {node.title}",
+            )
+            return
+        if a.size != b.size:
+            self.freeze(node, a, f"lengths {a.size} and {b.size} do not agree in {node.title}")
+            self.freeze(node, b, f"lengths {a.size} and {b.size} do not agree in {node.title}")
+            return
+        self.system.tie(
+            a, b, node.index, f"aligned with an axis that cannot be pruned in {node.title}"
+        )
+
+    def freeze(self, node: Node, labels: Labels | None, words: str) -> None:
+        """These labels must stay, because of `words`."""
+        if labels is not None:
+            self.system.freeze(labels, node.index, words)
+
+    def inexact(self, node: Node, labels: Labels | None, words: str) -> None:
+        """Removing these labels is another function than zeroing them, because of `words`."""
+        if labels is not None:
+            self.system.inexact(labels, node.index, words)
+
+    def prefer(self, labels: Labels | None) -> None:
+        """Where a product axis must choose one of its factors, choose the one with these labels."""
+        if labels is not None:
+            self.system.prefer(labels)
+
+    def contract(self, node: Node, slot: int, axis: int) -> Labels | None:
+        """Input `slot` is summed over `axis`."""
+        labels = self.axis(node, slot, axis)
+        if labels is not None:
+            dims = self.dims(node, slot)
+            self.contractions.append(Contraction(node.index, slot, axis % len(dims), labels))
+        return labels
+
+    def layer(self, node: Node, weight: int, macs: float, *axes: Labels | None) -> None:
+        """The node multiplies: `macs` multiply-adds at full width, shrinking with each of `axes`."""
+        self.layers.append(Layer(node.index, weight, macs, tuple(a for a in axes if a is not None)))
+
+    def produce(self, node: Node, labels: Labels | None) -> None:
+        """The node makes these channels: they are one layer's width."""
+        if labels is not None:
+            self.products.append((node.index, labels))
+
+    def must_keep(self, node: Node, labels: Labels | None) -> None:
+        """At least one of these labels has to survive, or an empty tensor would arise."""
+        if labels is not None:
+            self.keepers.append(labels)
+
+    def keep_labels(self, node: Node, labels: Labels) -> None:
+        """Hand labels to the node's rewrite."""
+        self.notes[node.index] = labels
+
+    def factor(self, node: Node, labels: Labels, factors: Sequence[Labels]) -> None:
+        """labels[i, j] is removed exactly where factors[0][i] or factors[1][j] is."""
+        self.system.factors.append(Factor(labels, tuple(factors), node.index))
+
+    def settle(self, block: Block, node: Node) -> dict[int, Labels]:
+        """Separate labels for each axis of a jointly labelled block, related to it by a factor."""
+        known = self.settled.get(id(block))
+        if known is None:
+            factors = [self.system.fresh(n) for n in block.labels.shape]
+            self.factor(node, block.labels, factors)
+            known = (block, dict(zip(block.axes, factors, strict=True)))
+            self.settled[id(block)] = known
+        return known[1]
+
+    def settle_all(self, layout: Layout, node: Node) -> Layout:
+        """The layout with every joint block settled."""
+        if not any(b.joint for b in layout):
+            return layout
+        single = [b for b in layout if not b.joint]
+        for block in layout:
+            if block.joint:
+                single += [Block((a,), v) for a, v in self.settle(block, node).items()]
+        return tuple(single)
+
+    def freeze_input(self, node: Node, slot: int, words: str) -> None:
+        """Nothing of input `slot` may be removed."""
+        for block in self.layout(node, slot):
+            self.freeze(node, block.labels, words)
+
+    def block_over(
+        self, labels: Labels, axes: Sequence[int], node: Node, origin: Any = None
+    ) -> Layout:
+        """The layout of `labels` over `axes`; what cannot be told apart along any axis is frozen."""
+        block = reduce_to_varying(labels, axes, origin)
+        if block is None:
+            self.freeze(node, labels.ravel()[:1], f"the only channel left in {node.title}")
+            return ()
+        return (block,)
+
+
+def couple(graph: Graph, shapes: Shapes, *, granularity: str = "head") -> Coupling:
+    """Interpret `graph` once, forwards, and solve the ties."""
+    from onnxprune.ops import interpret_node
+
+    state = Interpreter(graph, shapes, granularity)
+    _label_inputs(state)
+    for node in graph.nodes:
+        interpret_node(state, node)
+    _freeze_outputs(state)
+    for name in state.captured & state.constants.keys():
+        for axes in state.constants[name].values():
+            for labels in axes.values():
+                state.system.freeze(
+                    labels, -1, f"{name!r} is also used inside a loop or branch body"
+                )
+    constants = {
+        name: {
+            use: tuple(Block((a,), v) for a, v in sorted(axes.items()))
+            for use, axes in uses.items()
+        }
+        for name, uses in state.constants.items()
+    }
+    return Coupling(
+        graph=graph,
+        shapes=shapes,
+        solution=state.system.solve(),
+        system=state.system,
+        layouts=state.layouts,
+        constants=constants,
+        layers=tuple(state.layers),
+        contractions=tuple(state.contractions),
+        products=tuple(state.products),
+        shuffles=tuple(state.shuffles),
+        lengths=state.lengths,
+        aliases=state.aliases,
+        settled=state.settled,
+        notes=state.notes,
+        keepers=tuple(state.keepers),
+    )
+
+
+def _label_inputs(state: Interpreter) -> None:
+    """Model inputs keep their shapes: their fixed axes carry frozen labels that say so."""
+    for name in state.graph.inputs:
+        dims = state.shapes.dims(name)
+        if dims is None or state.shapes.types.get(name) not in _FLOAT_TYPES:
+            continue
+        blocks = []
+        for axis, length in enumerate(dims):
+            if axis > 0 and 1 < length <= 4096 and state.shapes.is_fixed(name, axis):
+                words = f"axis {axis} of model input {name!r}"
+                blocks.append(Block((axis,), state.system.frozen_axis(length, -1, words)))
+        state.layouts[name] = tuple(blocks)
+
+
+_FLOAT_TYPES = frozenset((1, 10, 11, 16))
+
+
+def _freeze_outputs(state: Interpreter) -> None:
+    """Model outputs keep their shapes."""
+    for name in state.graph.outputs:
+        for block in state.layouts.get(name, ()):
+            state.system.freeze(block.labels, -1, f"axis {block.axes[0]} of model output {name!r}")

@@ -1,0 +1,213 @@
+"""A read-only index over a ModelProto: nodes in topological order, constants, producers and uses.
+
+The proto stays the source of truth; nothing here copies weights or mutates the model.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from onnxprune.errors import InvalidModelError
+
+Array = NDArray[Any]
+FLOATS = frozenset(
+    getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
+)
+_VALUE_FIELDS = ("value_int", "value_ints", "value_float", "value_floats")
+
+
+class Node:
+    """One operator call. `inputs` and `outputs` are tensor names, empty where an optional one is absent."""
+
+    __slots__ = ("_attributes", "domain", "index", "inputs", "op_type", "outputs", "proto")
+
+    def __init__(self, index: int, proto: onnx.NodeProto) -> None:
+        self.index = index
+        self.proto = proto
+        self.op_type: str = proto.op_type
+        self.domain: str = "" if proto.domain == "ai.onnx" else proto.domain
+        self.inputs: tuple[str, ...] = tuple(proto.input)
+        self.outputs: tuple[str, ...] = tuple(proto.output)
+        self._attributes: dict[str, Any] | None = None
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """Attribute values by name, decoded on first use."""
+        if self._attributes is None:
+            self._attributes = {a.name: helper.get_attribute_value(a) for a in self.proto.attribute}
+        return self._attributes
+
+    def attr(self, name: str, default: Any = None) -> Any:
+        """The value of attribute `name`, or `default`."""
+        return self.attributes.get(name, default)
+
+    @property
+    def title(self) -> str:
+        """How reports name this node."""
+        return f"{self.op_type} {self.proto.name or self.outputs[0] or self.index}"
+
+    def input(self, slot: int) -> str:
+        """The tensor name in input `slot`, empty where absent."""
+        return self.inputs[slot] if slot < len(self.inputs) else ""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor whose value is in the file: an initializer, or the output of a Constant node."""
+
+    name: str
+    dims: tuple[int, ...]
+    dtype: int
+    tensor: onnx.TensorProto
+    node: int | None = None
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return int(np.prod(self.dims, dtype=np.int64))
+
+    @property
+    def is_vector(self) -> bool:
+        """At most one axis is longer than 1: biases, scales and other per-channel parameters."""
+        return self.size == max(self.dims, default=1)
+
+    @property
+    def is_float(self) -> bool:
+        """A floating point type, as trained weights are."""
+        return self.dtype in FLOATS
+
+    def array(self) -> Array:
+        """The value; a view where the proto allows it."""
+        return numpy_helper.to_array(self.tensor)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The index over `model`. `nodes` is in topological order; `node.index` is the position in it."""
+
+    model: onnx.ModelProto
+    nodes: tuple[Node, ...]
+    constants: Mapping[str, Constant]
+    producer: Mapping[str, Node]
+    uses: Mapping[str, tuple[tuple[int, int], ...]]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    opsets: Mapping[str, int]
+    captured: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto) -> Graph:
+        """Index `model`.
+
+        Raises:
+            InvalidModelError: the graph has a cycle or a tensor that nothing produces.
+        """
+        protos = _topological(model.graph)
+        nodes = tuple(Node(i, p) for i, p in enumerate(protos))
+        constants = {t.name: _initializer(t) for t in model.graph.initializer}
+        for node in nodes:
+            if node.op_type == "Constant" and node.domain == "":
+                value = _constant_node(node)
+                if value is not None:
+                    constants[value.name] = value
+        uses: dict[str, list[tuple[int, int]]] = {}
+        for node in nodes:
+            for slot, name in enumerate(node.inputs):
+                if name:
+                    uses.setdefault(name, []).append((node.index, slot))
+        captured = {
+            node.index: names for node in nodes if (names := tuple(_captured_by(node.proto)))
+        }
+        return cls(
+            model=model,
+            nodes=nodes,
+            constants=constants,
+            producer={name: node for node in nodes for name in node.outputs if name},
+            uses={name: tuple(where) for name, where in uses.items()},
+            inputs=tuple(n for n in (i.name for i in model.graph.input) if n not in constants),
+            outputs=tuple(o.name for o in model.graph.output),
+            opsets={
+                ("" if o.domain == "ai.onnx" else o.domain): o.version for o in model.opset_import
+            },
+            captured=captured,
+        )
+
+    @property
+    def opset(self) -> int:
+        """The version of the standard operator set."""
+        return self.opsets.get("", 1)
+
+
+def _initializer(tensor: onnx.TensorProto) -> Constant:
+    return Constant(tensor.name, tuple(tensor.dims), tensor.data_type, tensor)
+
+
+def _constant_node(node: Node) -> Constant | None:
+    name = node.outputs[0]
+    for attribute in node.proto.attribute:
+        if attribute.name == "value":
+            t = attribute.t
+            return Constant(name, tuple(t.dims), t.data_type, t, node.index)
+        if attribute.name in _VALUE_FIELDS:
+            kind = np.int64 if "int" in attribute.name else np.float32
+            value = np.asarray(helper.get_attribute_value(attribute), kind)
+            tensor = numpy_helper.from_array(value, name)
+            return Constant(name, value.shape, tensor.data_type, tensor, node.index)
+    return None
+
+
+def _captured_by(proto: onnx.NodeProto) -> Iterator[str]:
+    """Names that the bodies of a control-flow node take from outside."""
+    for attribute in proto.attribute:
+        bodies = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
+        for body in bodies:
+            yield from _free_names(body)
+
+
+def _free_names(body: onnx.GraphProto) -> Iterator[str]:
+    known = {i.name for i in body.input} | {i.name for i in body.initializer}
+    known |= {name for node in body.node for name in node.output}
+    for node in body.node:
+        yield from (name for name in node.input if name and name not in known)
+        yield from (name for name in _captured_by(node) if name not in known)
+    yield from (o.name for o in body.output if o.name not in known)
+
+
+def _topological(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The nodes in topological order, as close to the file's order as that allows (Kahn 1962)."""
+    protos = list(graph.node)
+    made_by = {name: i for i, p in enumerate(protos) for name in p.output if name}
+    waiting, followers = [0] * len(protos), [[] for _ in protos]  # type: tuple[list[int], list[list[int]]]
+    ordered = True
+    for i, p in enumerate(protos):
+        sources = {made_by[n] for n in (*p.input, *_captured_by(p)) if n in made_by}
+        waiting[i] = len(sources)
+        for s in sources:
+            followers[s].append(i)
+            ordered &= s < i
+    if ordered:
+        return protos
+    ready = [i for i, n in enumerate(waiting) if n == 0]
+    heapq.heapify(ready)
+    order: list[onnx.NodeProto] = []
+    while ready:
+        i = heapq.heappop(ready)
+        order.append(protos[i])
+        for j in followers[i]:
+            waiting[j] -= 1
+            if waiting[j] == 0:
+                heapq.heappush(ready, j)
+    if len(order) < len(protos):
+        stuck = next(p for i, p in enumerate(protos) if waiting[i] > 0)
+        raise InvalidModelError(
+            f"the graph has a cycle through node {stuck.name or stuck.op_type!r}"
+        )
+    return order

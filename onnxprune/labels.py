@@ -1,0 +1,288 @@
+"""The index algebra: labels, ties between them, and the units that must be removed together. Pure numpy.
+
+A label is a positive integer naming one index along one axis. Two labels that are tied live or die together. Labels
+of zero and below are frozen: -k carries the reason k, 0 none. An axis whose indices are the product of several
+axes (hidden = heads x head size) is related to them by a `Factor`, of which one axis is chosen to stay prunable when
+everything else is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Labels = NDArray[np.int32]
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Labels over one axis of a tensor, or jointly over several: labels[i, j, ...] for index i of axes[0], ..."""
+
+    axes: tuple[int, ...]
+    labels: Labels
+    origin: Any = None
+
+    @property
+    def joint(self) -> bool:
+        """Whether more than one axis shares these labels."""
+        return len(self.axes) > 1
+
+
+Layout = tuple[Block, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """labels[i, j, ...] is removed exactly where one of factors[0][i], factors[1][j], ... is.
+
+    Only one factor may stay removable: the others are frozen when the system is solved.
+    """
+
+    labels: Labels
+    factors: tuple[Labels, ...]
+    node: int
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something is frozen or inexact: the node at which it happened (-1: the model's boundary), and the words."""
+
+    node: int
+    words: str
+
+
+@dataclass(frozen=True)
+class Solution:
+    """unit[label] is the unit of a label, 0 where frozen; frozen_by[label] is a reason number, 0 where free."""
+
+    unit: Labels
+    frozen_by: Labels
+    inexact_by: Labels
+
+    @property
+    def units(self) -> int:
+        """The number of units, counting the frozen unit 0."""
+        return int(self.unit.max(initial=0)) + 1
+
+
+class System:
+    """Collects labels, ties, freezes and factors, and solves them."""
+
+    def __init__(self) -> None:
+        self.size = 1
+        self.reasons: list[Reason] = [Reason(-1, "not a channel axis")]
+        self.factors: list[Factor] = []
+        self._edges: list[tuple[Labels, Labels]] = []
+        self._frozen: list[tuple[Labels, Labels]] = []
+        self._inexact: list[tuple[Labels, int]] = []
+        self._votes: list[Labels] = []
+
+    def fresh(self, *shape: int) -> Labels:
+        """New labels, tied to nothing."""
+        count = int(np.prod(shape, dtype=np.int64))
+        labels = np.arange(self.size, self.size + count, dtype=np.int32).reshape(shape)
+        self.size += count
+        return labels
+
+    def reason(self, node: int, words: str) -> int:
+        """Register a reason and return its number."""
+        self.reasons.append(Reason(node, words))
+        return len(self.reasons) - 1
+
+    def frozen_axis(self, length: int, node: int, words: str) -> Labels:
+        """Labels of an axis that cannot be pruned, carrying the reason."""
+        return np.full(length, -self.reason(node, words), np.int32)
+
+    def tie(self, a: Labels, b: Labels, node: int, words: str) -> None:
+        """Labels a[i] and b[i] live or die together. `words` is the reason where one of them is frozen without one."""
+        if a is b:
+            return
+        a, b = a.ravel(), b.ravel()
+        both = (a > 0) & (b > 0)
+        if both.all():
+            self._edges.append((a, b))
+            return
+        self._edges.append((a[both], b[both]))
+        number = 0
+        for free, other in ((a, b), (b, a)):
+            hit = (free > 0) & (other <= 0)
+            if hit.any():
+                why = -other[hit]
+                if (why == 0).any():
+                    number = number or self.reason(node, words)
+                    why = np.where(why == 0, number, why)
+                self._frozen.append((free[hit], why.astype(np.int32)))
+
+    def freeze(self, labels: Labels, node: int, words: str) -> None:
+        """Labels that must stay."""
+        free = labels[labels > 0]
+        if free.size:
+            self._frozen.append((free, np.full(free.size, self.reason(node, words), np.int32)))
+
+    def inexact(self, labels: Labels, node: int, words: str) -> None:
+        """Labels whose removal is not the same function as setting them to zero."""
+        free = labels[labels > 0]
+        if free.size:
+            self._inexact.append((free, self.reason(node, words)))
+
+    def prefer(self, labels: Labels) -> None:
+        """Where a factor must be chosen, choose the one with these labels."""
+        self._votes.append(labels[labels > 0])
+
+    def solve(self) -> Solution:
+        """Choose a factor for every product axis, and number the units."""
+        pending = list(self.factors)
+        for certain in (True, False):
+            parts = _components(self.size, self._edges)
+            frozen = self._first_reasons(parts)
+            votes = self._count_votes(parts)
+            later = []
+            for factor in pending:
+                choice = _choose(factor, parts, frozen, votes, certain)
+                if choice is None:
+                    later.append(factor)
+                else:
+                    self._decide(factor, choice)
+            pending = later
+        return self._number()
+
+    def _decide(self, factor: Factor, axis: int) -> None:
+        labels = np.moveaxis(factor.labels, axis, 0)
+        chosen = factor.factors[axis]
+        spread = np.broadcast_to(chosen.reshape(-1, *(1,) * (labels.ndim - 1)), labels.shape)
+        self.tie(labels, spread, factor.node, "the axis it is part of is kept whole")
+        for i, other in enumerate(factor.factors):
+            if i != axis:
+                self.freeze(
+                    other, factor.node, "kept whole: its channels are removed along another factor"
+                )
+
+    def _first_reasons(self, parts: Labels) -> Labels:
+        """For each component the first reason that froze it, 0 for none."""
+        first = np.full(self.size, np.iinfo(np.int32).max, np.int32)
+        for labels, why in self._frozen:
+            np.minimum.at(first, parts[labels], why)
+        first[first == np.iinfo(np.int32).max] = 0
+        return first
+
+    def _count_votes(self, parts: Labels) -> Labels:
+        votes = np.zeros(self.size, np.int32)
+        for labels in self._votes:
+            votes[parts[labels]] += 1
+        return votes
+
+    def _number(self) -> Solution:
+        parts = _components(self.size, self._edges)
+        reasons = self._first_reasons(parts)
+        frozen_by = reasons[parts]
+        inexact = np.zeros(self.size, np.int32)
+        for labels, why in reversed(self._inexact):
+            inexact[parts[labels]] = why
+        free = frozen_by == 0
+        free[0] = False
+        unit = np.zeros(self.size, np.int32)
+        _, first, inverse = np.unique(parts[free], return_index=True, return_inverse=True)
+        rank = np.argsort(np.argsort(first))
+        unit[free] = rank[inverse] + 1
+        return Solution(unit, frozen_by, inexact[parts])
+
+
+def _components(size: int, edges: Sequence[tuple[Labels, Labels]]) -> Labels:
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not edges:
+        return np.arange(size, dtype=np.int32)
+    a = np.concatenate([e[0] for e in edges])
+    b = np.concatenate([e[1] for e in edges])
+    graph = coo_array((np.ones(a.size, np.int8), (a, b)), shape=(size, size))
+    return connected_components(graph, directed=False)[1].astype(np.int32)
+
+
+def _choose(
+    factor: Factor, parts: Labels, frozen: Labels, votes: Labels, certain: bool
+) -> int | None:
+    """The axis of `factor` to prune along; None where that is open and only certain choices are wanted."""
+    scores = []
+    components = np.where(factor.labels > 0, parts[factor.labels], -1)
+    dead = (components < 0) | (frozen[components] > 0)
+    for axis, own in enumerate(factor.factors):
+        rows = np.moveaxis(components, axis, 0).reshape(own.size, -1)
+        row_dead = np.moveaxis(dead, axis, 0).reshape(own.size, -1).any(axis=1)
+        own_parts = parts[np.maximum(own, 0)]
+        alive = ~row_dead & (own > 0) & (frozen[own_parts] == 0)
+        units = np.unique(rows[alive].min(axis=1)).size
+        voted = int(votes[own_parts[alive]].max(initial=0))
+        scores.append((units > 1, voted, units))
+    able = [i for i, s in enumerate(scores) if s[0]]
+    if certain and len(able) > 1:
+        return None
+    return max(range(len(scores)), key=lambda i: (scores[i], -i))
+
+
+def varying_axes(labels: Labels) -> tuple[int, ...]:
+    """The axes along which `labels` differs."""
+    vary = []
+    for axis in range(labels.ndim):
+        first = labels.take([0], axis=axis)
+        if labels.shape[axis] > 1 and not np.array_equal(
+            np.broadcast_to(first, labels.shape), labels
+        ):
+            vary.append(axis)
+    return tuple(vary)
+
+
+def reduce_to_varying(labels: Labels, axes: Sequence[int], origin: Any = None) -> Block | None:
+    """The block of `labels` (over tensor axes `axes`) without the axes along which it is constant.
+
+    None where all labels are equal: such an axis can only go as a whole, so it is not prunable.
+    """
+    vary = varying_axes(labels)
+    if not vary:
+        return None
+    index = tuple(slice(None) if a in vary else 0 for a in range(labels.ndim))
+    return Block(tuple(axes[a] for a in vary), np.ascontiguousarray(labels[index]), origin)
+
+
+def runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Split a reshape into the shortest runs of axes whose products agree. Axes of length 1 are left out."""
+    a = [i for i, n in enumerate(before) if n != 1]
+    b = [i for i, n in enumerate(after) if n != 1]
+    found: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        left, right = [a[i]], [b[j]]
+        m, n = before[a[i]], after[b[j]]
+        i, j = i + 1, j + 1
+        while m != n:
+            if m < n:
+                if i == len(a):
+                    return found
+                left.append(a[i])
+                m *= before[a[i]]
+                i += 1
+            else:
+                if j == len(b):
+                    return found
+                right.append(b[j])
+                n *= after[b[j]]
+                j += 1
+        found.append((left, right))
+    return found
+
+
+def transpose(layout: Iterable[Block], perm: Sequence[int]) -> Layout:
+    """The layout after np.transpose(x, perm)."""
+    place = {old: new for new, old in enumerate(perm)}
+    moved = []
+    for block in layout:
+        axes = [place[a] for a in block.axes]
+        order = np.argsort(axes)
+        labels = block.labels if not block.joint else np.transpose(block.labels, order)
+        moved.append(Block(tuple(sorted(axes)), labels, block.origin))
+    return tuple(moved)

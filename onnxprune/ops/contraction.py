@@ -1,0 +1,246 @@
+"""Operators that sum products over an axis: convolutions and matrix products."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from onnxprune.coupling import Interpreter
+from onnxprune.graph import Node
+from onnxprune.labels import Labels
+from onnxprune.ops.registry import rewrite, rule
+from onnxprune.rewriting import Rewriter
+
+
+@rule("Conv")
+def conv(node: Node, c: Interpreter) -> None:
+    """x[N, C, *S], W[M, C/g, *K], b[M] -> y[N, M, *S']"""
+    groups = node.attr("group", 1)
+    out, inner = c.axis(node, 1, 0), c.axis(node, 1, 1)
+    x = c.contract(node, 0, 1)
+    if groups == 1:
+        c.tie(node, x, inner)
+    else:
+        _grouped(node, c, x, out, inner, groups)
+    _finish(node, c, out, _conv_macs(node, c), (out, inner))
+
+
+@rule("ConvTranspose")
+def conv_transpose(node: Node, c: Interpreter) -> None:
+    """x[N, C, *S], W[C, M/g, *K], b[M] -> y[N, M, *S']"""
+    groups = node.attr("group", 1)
+    rows, out = c.axis(node, 1, 0), c.axis(node, 1, 1)
+    x = c.contract(node, 0, 1)
+    c.tie(node, x, rows)
+    own = out
+    if groups > 1:
+        channels = c.out_dims(node)[1]
+        own = c.system.fresh(channels)
+        group = c.system.fresh(groups)
+        _split(node, c, rows, group, None)
+        _split(node, c, own, group, out)
+    kernel = math.prod(c.dims(node, 1)[1:])
+    macs = math.prod(c.dims(node, 0)[:2]) * math.prod(c.dims(node, 0)[2:]) * kernel
+    _finish(node, c, own, macs, (rows, out))
+
+
+def _finish(
+    node: Node, c: Interpreter, out: Labels | None, macs: float, axes: tuple[Labels | None, ...]
+) -> None:
+    if node.input(2):
+        c.tie(node, out, c.axis(node, 2, 0))
+    c.set(node, {0: c.axis(node, 0, 0), 1: out})
+    for axis in range(2, len(c.dims(node, 0))):
+        c.freeze(node, c.axis(node, 0, axis), f"spatial axis of {node.title}")
+    for axis in range(2, len(c.dims(node, 1))):
+        if c.constant(node, 1) is None:
+            c.freeze(node, c.axis(node, 1, axis), f"kernel axis of {node.title}")
+    c.produce(node, out)
+    c.layer(node, 1, macs, *axes)
+
+
+def _conv_macs(node: Node, c: Interpreter) -> float:
+    return math.prod(c.out_dims(node)) * math.prod(c.dims(node, 1)[1:])
+
+
+def _grouped(
+    node: Node,
+    c: Interpreter,
+    x: Labels | None,
+    out: Labels | None,
+    inner: Labels | None,
+    groups: int,
+) -> None:
+    """Either whole groups go, or the same positions within every group."""
+    if x is None or out is None:
+        c.freeze(node, x, f"aligned with an axis that cannot be pruned in {node.title}")
+        c.freeze(node, out, f"the input of grouped {node.title} cannot be pruned")
+        c.freeze(node, inner, f"the input of grouped {node.title} cannot be pruned")
+        return
+    if inner is None:
+        c.tie(node, np.repeat(x, out.size // x.size), out)
+        return
+    group = c.system.fresh(groups)
+    _split(node, c, x, group, inner)
+    _split(node, c, out, group, None)
+
+
+def _split(
+    node: Node, c: Interpreter, labels: Labels | None, group: Labels, within: Labels | None
+) -> None:
+    """labels[g * n + i] goes where group[g] or within[i] does."""
+    if labels is None:
+        c.freeze(node, group, f"aligned with an axis that cannot be pruned in {node.title}")
+        c.freeze(node, within, f"aligned with an axis that cannot be pruned in {node.title}")
+        return
+    grid = labels.reshape(group.size, -1)
+    if grid.shape[1] == 1:
+        c.tie(node, labels, group)
+        return
+    within = c.system.fresh(grid.shape[1]) if within is None else within
+    c.factor(node, grid, (group, within))
+    c.prefer(within)
+
+
+@rewrite("Conv")
+def rewrite_conv(node: Node, r: Rewriter) -> None:
+    """The number of groups follows from what is left of C and C/g."""
+    groups = node.attr("group", 1)
+    if groups > 1:
+        left = r.dims_after(node, 0)[1] // r.dims_after(node, 1)[1]
+        if left != groups:
+            r.set_attribute(node, "group", left)
+
+
+@rewrite("ConvTranspose")
+def rewrite_conv_transpose(node: Node, r: Rewriter) -> None:
+    """The number of groups follows from what is left of M and M/g."""
+    groups = node.attr("group", 1)
+    if groups > 1:
+        left = r.out_dims_after(node)[1] // r.dims_after(node, 1)[1]
+        if left != groups:
+            r.set_attribute(node, "group", left)
+
+
+@rule("Gemm")
+def gemm(node: Node, c: Interpreter) -> None:
+    """A[M, K] (or its transpose), B[K, N] (or its transpose), C[*broadcast to M, N] -> y[M, N]"""
+    a_inner, b_inner = (0 if node.attr("transA", 0) else 1), (1 if node.attr("transB", 0) else 0)
+    c.tie(node, c.contract(node, 0, a_inner), c.axis(node, 1, b_inner))
+    rows, out = c.axis(node, 0, 1 - a_inner), c.axis(node, 1, 1 - b_inner)
+    m, n = c.out_dims(node)
+    bias = c.dims(node, 2)
+    if bias and bias[-1] == n > 1:
+        c.tie(node, out, c.axis(node, 2, -1))
+    if len(bias) == 2 and bias[0] == m > 1:
+        c.tie(node, rows, c.axis(node, 2, 0))
+    c.set(node, {0: rows, 1: out})
+    c.produce(node, out)
+    k = c.dims(node, 0)[a_inner]
+    c.layer(node, 1, m * n * k, c.axis(node, 1, b_inner), out)
+
+
+@rule("MatMul")
+def matmul(node: Node, c: Interpreter) -> None:
+    """A[*B, M, K], B[*B, K, N] -> y[*B, M, N]"""
+    a, b = c.dims(node, 0), c.dims(node, 1)
+    inner = c.contract(node, 0, len(a) - 1)
+    c.tie(node, inner, c.axis(node, 1, max(len(b) - 2, 0)))
+    out = c.out_dims(node)
+    found: dict[int, Labels | None] = {}
+    batch = max(len(a), len(b)) - 2
+    for i in range(1, batch + 1):
+        found[batch - i] = _batch(node, c, len(a) - 2 - i, len(b) - 2 - i)
+    rows = c.axis(node, 0, len(a) - 2) if len(a) > 1 else None
+    columns = c.axis(node, 1, len(b) - 1) if len(b) > 1 else None
+    if len(a) > 1:
+        found[len(out) - (2 if len(b) > 1 else 1)] = rows
+    if len(b) > 1:
+        found[len(out) - 1] = columns
+    c.set(node, found)
+    weight = 1 if c.is_static(node, 1) else 0 if c.is_static(node, 0) else -1
+    if weight >= 0:
+        c.produce(node, columns if weight == 1 else rows)
+    heads = tuple(v for i, v in found.items() if i < batch)
+    c.layer(node, weight, math.prod(out) * a[-1], inner, rows, columns, *heads)
+
+
+def _batch(node: Node, c: Interpreter, a: int, b: int) -> Labels | None:
+    left = c.axis(node, 0, a) if a >= 0 and c.dims(node, 0)[a] > 1 else None
+    right = c.axis(node, 1, b) if b >= 0 and c.dims(node, 1)[b] > 1 else None
+    wide_a = a >= 0 and c.dims(node, 0)[a] > 1
+    wide_b = b >= 0 and c.dims(node, 1)[b] > 1
+    if wide_a and wide_b:
+        c.tie(node, left, right)
+    labels = left if left is not None else right
+    if c.granularity == "head":
+        c.prefer(labels)
+    return labels
+
+
+@rule("Einsum")
+def einsum(node: Node, c: Interpreter) -> None:
+    """operands named by letters; letters missing from the result are summed"""
+    terms, result = _equation(node, c)
+    if terms is None:
+        for slot in range(len(node.inputs)):
+            c.freeze_input(node, slot, f"the equation of {node.title} is not understood")
+        return
+    places: dict[str, list[tuple[int, int]]] = {}
+    for slot, term in enumerate(terms):
+        for axis, letter in enumerate(term):
+            if c.dims(node, slot)[axis] > 1:
+                places.setdefault(letter, []).append((slot, axis))
+    summed = {letter for letter in places if letter not in result}
+    found: dict[int, Labels | None] = {}
+    share: list[Labels | None] = []
+    for letter, where in places.items():
+        labels = [c.axis(node, slot, axis) for slot, axis in where]
+        for other in labels[1:]:
+            c.tie(node, labels[0], other)
+        known = next((v for v in labels if v is not None), None)
+        share.append(known)
+        if letter in result:
+            found[result.index(letter)] = known
+            if summed and len(where) > 1:
+                c.prefer(known)
+        else:
+            c.contract(node, *where[0])
+    c.set(node, found)
+    weight = next((s for s in range(len(terms)) if c.is_static(node, s)), -1)
+    if weight >= 0:
+        own = [
+            i
+            for i, letter in enumerate(result)
+            if letter in terms[weight] and len(places.get(letter, ())) == 1
+        ]
+        for i in own:
+            c.produce(node, found.get(i))
+    sizes = {letter: c.dims(node, s)[a] for letter, where in places.items() for s, a in where}
+    c.layer(node, weight, math.prod(sizes.values()), *share)
+
+
+def _equation(node: Node, c: Interpreter) -> tuple[list[str] | None, str]:
+    """The letters of each operand and of the result, with '...' written out as upper-case letters."""
+    equation = node.attr("equation").decode().replace(" ", "")
+    left, _, right = equation.partition("->")
+    terms = left.split(",")
+    spare = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    spare = "".join(s for s in spare if s not in equation)
+    most = 0
+    for slot, term in enumerate(terms):
+        if "..." in term:
+            most = max(most, len(c.dims(node, slot)) - len(term) + 3)
+    for slot, term in enumerate(terms):
+        if "..." in term:
+            count = len(c.dims(node, slot)) - len(term) + 3
+            terms[slot] = term.replace("...", spare[most - count : most])
+        if len(terms[slot]) != len(c.dims(node, slot)) or len(set(terms[slot])) < len(terms[slot]):
+            return None, ""
+    if "->" not in equation:
+        joined = "".join(terms)
+        right = spare[:most] + "".join(
+            sorted(x for x in set(joined) if joined.count(x) == 1 and x not in spare[:most])
+        )
+    return terms, right.replace("...", spare[:most])

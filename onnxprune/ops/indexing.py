@@ -1,0 +1,314 @@
+"""Operators that pick, join and repeat indices along an axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.coupling import Interpreter
+from onnxprune.graph import Node
+from onnxprune.labels import Labels
+from onnxprune.ops.registry import rewrite, rule
+from onnxprune.rewriting import Rewriter
+
+Array = NDArray[Any]
+
+
+def _pass_other_axes(node: Node, c: Interpreter, *own: int) -> dict[int, Labels | None]:
+    rank = len(c.dims(node, 0))
+    return {a: c.axis(node, 0, a) for a in range(rank) if a not in own}
+
+
+@rule("Concat")
+def concat(node: Node, c: Interpreter) -> None:
+    """x1[*D], x2[*D'], ... -> y, joined along one axis"""
+    rank = len(c.out_dims(node))
+    own = node.attr("axis") % rank
+    parts = []
+    for slot in range(len(node.inputs)):
+        length = c.dims(node, slot)[own]
+        labels = c.axis(node, slot, own)
+        parts.append(np.zeros(length, np.int32) if labels is None else labels)
+    joined = np.concatenate(parts)
+    found: dict[int, Labels | None] = {own: joined if joined.any() else None}
+    for axis in range(rank):
+        if axis != own and c.out_dims(node)[axis] > 1:
+            first = c.axis(node, 0, axis)
+            for slot in range(1, len(node.inputs)):
+                c.tie(node, first, c.axis(node, slot, axis))
+            found[axis] = first
+    c.set(node, found)
+
+
+@rule("Split", "SplitToSequence")
+def split(node: Node, c: Interpreter) -> None:
+    """x[*D] -> parts along one axis"""
+    rank = len(c.dims(node, 0))
+    own = node.attr("axis", 0) % rank
+    rest = _pass_other_axes(node, c, own)
+    labels = c.axis(node, 0, own)
+    sizes = [c.out_dims(node, i)[own] if name else 0 for i, name in enumerate(node.outputs)]
+    if labels is None or node.op_type != "Split" or sum(sizes) != labels.size:
+        c.freeze(node, labels, f"the parts of {node.title} are not all known")
+        labels = None
+    start = 0
+    for index, size in enumerate(sizes):
+        part = None if labels is None else labels[start : start + size]
+        c.must_keep(node, part)
+        c.set(node, {**rest, own: part}, index)
+        start += size
+
+
+@rewrite("Split")
+def rewrite_split(node: Node, r: Rewriter) -> None:
+    """Part sizes that are left."""
+    own = node.attr("axis", 0) % len(r.dims(node, 0))
+    before = [r.out_dims(node, i)[own] for i in range(len(node.outputs))]
+    after = [r.out_dims_after(node, i)[own] for i in range(len(node.outputs))]
+    if before == after:
+        return
+    if r.coupling.graph.opset < 13:
+        r.set_attribute(node, "split", after)
+    else:
+        r.drop_attribute(node, "num_outputs")
+        r.set_operand(node, 1, np.array(after, np.int64))
+
+
+@rule("Slice")
+def slice_(node: Node, c: Interpreter) -> None:
+    """x[*D], starts, ends, axes, steps -> y[*D']"""
+    rank = len(c.dims(node, 0))
+    bounds = slice_bounds(node, [c.value(node, s) for s in range(1, 5)], rank)
+    found: dict[int, Labels | None] = {}
+    for axis in range(rank):
+        labels = c.axis(node, 0, axis)
+        whole = c.dims(node, 0)[axis] == c.out_dims(node)[axis]
+        if labels is None or (bounds is not None and axis not in bounds):
+            found[axis] = labels
+        elif bounds is None:
+            if whole and (axis not in _maybe_sliced(node, c, rank)):
+                found[axis] = labels
+            else:
+                c.freeze(node, labels, f"the bounds of {node.title} are computed at run time")
+        else:
+            found[axis] = labels[bounds[axis]]
+            c.must_keep(node, found[axis])
+    c.set(node, found)
+
+
+def _maybe_sliced(node: Node, c: Interpreter, rank: int) -> set[int]:
+    axes = node.attr("axes") if not node.input(3) else c.value(node, 3)
+    return set(range(rank)) if axes is None else {int(a) % rank for a in axes}
+
+
+def slice_bounds(node: Node, values: list[Array | None], rank: int) -> dict[int, slice] | None:
+    """The slice of each axis that is cut; None where a bound is unknown."""
+    starts, ends, axes, steps = values
+    if not node.input(1):
+        starts, ends, axes = (
+            None if (v := node.attr(n)) is None else np.asarray(v)
+            for n in ("starts", "ends", "axes")
+        )
+    if (
+        starts is None
+        or ends is None
+        or (node.input(3) and axes is None)
+        or (node.input(4) and steps is None)
+    ):
+        return None
+    where = range(len(starts)) if axes is None else [int(a) % rank for a in axes]
+    strides = [1] * len(starts) if steps is None else [int(s) for s in steps]
+    found = {}
+    for axis, start, end, stride in zip(where, starts, ends, strides, strict=True):
+        stop: int | None = int(end)
+        if stride < 0 and int(end) <= -(2**31):
+            stop = None
+        found[axis] = slice(int(start), stop, stride)
+    return found
+
+
+@rewrite("Slice")
+def rewrite_slice(node: Node, r: Rewriter) -> None:
+    """Bounds in terms of what is left; where that is no range any more, a Gather takes its place."""
+    rank = len(r.dims(node, 0))
+    bounds = slice_bounds(node, [r.value(node, s) for s in range(1, 5)], rank)
+    if bounds is None:
+        return
+    changed = False
+    for axis, cut in bounds.items():
+        labels = r.labels(node, 0, axis)
+        if labels is None or r.mask(labels).all():
+            continue
+        changed = True
+        if cut.step != 1 and len(bounds) == 1:
+            r.replace_by_gather(node, axis, r.positions(labels, np.arange(labels.size)[cut]))
+            return
+        if cut.step != 1:
+            r.fail(node, "a strided slice of a pruned axis together with other axes")
+        first, last, _ = cut.indices(labels.size)
+        kept = np.concatenate([[0], np.cumsum(r.mask(labels))])
+        bounds[axis] = slice(int(kept[first]), int(kept[max(first, last)]), 1)
+    if changed:
+        _set_bounds(node, r, bounds)
+
+
+def _set_bounds(node: Node, r: Rewriter, bounds: dict[int, slice]) -> None:
+    starts = np.array([b.start for b in bounds.values()], np.int64)
+    ends = np.array([-(2**63) + 1 if b.stop is None else b.stop for b in bounds.values()], np.int64)
+    if not node.input(1):
+        r.set_attribute(node, "starts", starts.tolist())
+        r.set_attribute(node, "ends", ends.tolist())
+        return
+    kind = r.value_type(node, 1)
+    r.set_operand(node, 1, starts.astype(kind))
+    r.set_operand(node, 2, np.clip(ends, np.iinfo(kind).min + 1, np.iinfo(kind).max).astype(kind))
+
+
+@rule("Gather")
+def gather(node: Node, c: Interpreter) -> None:
+    """x[*A, n, *B], index[*I] -> y[*A, *I, *B]"""
+    rank, extra = len(c.dims(node, 0)), len(c.dims(node, 1)) - 1
+    own = node.attr("axis", 0) % rank
+    found: dict[int, Labels | None] = {}
+    for axis in range(rank):
+        if axis != own:
+            found[axis if axis < own else axis + extra] = c.axis(node, 0, axis)
+            c.prefer(found[axis if axis < own else axis + extra])
+    labels, index = c.axis(node, 0, own), c.value(node, 1)
+    if labels is not None:
+        found.update(_pick(node, c, labels, index, own))
+    if c.is_static(node, 0):
+        for axis, v in found.items():
+            if axis > own + extra:
+                c.produce(node, v)
+    c.set(node, found)
+
+
+def _pick(
+    node: Node, c: Interpreter, labels: Labels, index: Array | None, own: int
+) -> dict[int, Labels | None]:
+    if index is None:
+        c.freeze(node, labels, f"{node.title} looks it up with an index computed at run time")
+        return {}
+    picked = labels[index]
+    if index.ndim != 1 or np.unique(index).size < index.size:
+        c.freeze(node, np.atleast_1d(picked).ravel(), f"{node.title} looks it up by number")
+        return {}
+    c.must_keep(node, picked)
+    return {own: picked}
+
+
+@rewrite("Gather")
+def rewrite_gather(node: Node, r: Rewriter) -> None:
+    """Positions among what is left."""
+    own = node.attr("axis", 0) % len(r.dims(node, 0))
+    labels, index = r.labels(node, 0, own), r.value(node, 1)
+    if labels is None or index is None or r.mask(labels).all():
+        return
+    new = r.positions(labels, index % labels.size)
+    r.set_operand(node, 1, new.astype(index.dtype))
+
+
+@rule("Tile")
+def tile(node: Node, c: Interpreter) -> None:
+    """x[*D], repeats -> y[*D * repeats]"""
+    found: dict[int, Labels | None] = {}
+    for axis, (m, n) in enumerate(zip(c.dims(node, 0), c.out_dims(node), strict=True)):
+        labels = c.axis(node, 0, axis)
+        if labels is not None and n != m and (n % m or c.value(node, 1) is None):
+            c.freeze(node, labels, f"the repeats of {node.title} are computed at run time")
+        elif labels is not None:
+            found[axis] = np.tile(labels, n // m)
+    c.set(node, found)
+
+
+@rule("Pad")
+def pad(node: Node, c: Interpreter) -> None:
+    """x[*D], pads -> y[*D']; padding along a prunable axis stays"""
+    rank = len(c.dims(node, 0))
+    found: dict[int, Labels | None] = {}
+    pads = node.attr("pads") if not node.input(1) else c.value(node, 1)
+    axes = c.value(node, 3)
+    where = list(range(rank)) if axes is None else [int(a) % rank for a in axes]
+    constant = node.attr("mode", b"constant") == b"constant"
+    for axis in range(rank):
+        labels = c.axis(node, 0, axis)
+        if labels is None or c.dims(node, 0)[axis] == c.out_dims(node)[axis]:
+            found[axis] = labels
+        elif pads is None or not constant or axis not in where:
+            c.freeze(node, labels, f"{node.title} pads it from its own values")
+        else:
+            i = where.index(axis)
+            before, after = int(pads[i]), int(pads[i + len(where)])
+            if min(before, after) < 0:
+                c.freeze(node, labels, f"{node.title} crops it")
+                continue
+            edge = -c.system.reason(node.index, f"padding of {node.title}")
+            sides = [np.full(n, edge, np.int32) for n in (before, after)]
+            found[axis] = np.concatenate([sides[0], labels, sides[1]])
+    c.set(node, found)
+
+
+@rule("GatherElements", "ScatterElements", "Scatter", "Compress")
+def elements(node: Node, c: Interpreter) -> None:
+    """x[*D], index[*D'] -> y: positions are data, so every axis that is looked up stays"""
+    for slot in range(len(node.inputs)):
+        c.freeze_input(node, slot, f"{node.title} looks it up with an index computed at run time")
+
+
+@rule("GatherND")
+def gather_nd(node: Node, c: Interpreter) -> None:
+    """x[*B, *K, *R], index[*B, *I, len(K)] -> y[*B, *I, *R]"""
+    batch = node.attr("batch_dims", 0)
+    index = c.dims(node, 1)
+    first = batch + index[-1]
+    words = f"{node.title} looks it up with an index"
+    for axis in range(first):
+        c.freeze(node, c.axis(node, 0, axis), words)
+    shift = len(index) - 1 - first
+    rank = len(c.dims(node, 0))
+    c.set(node, {axis + shift: c.axis(node, 0, axis) for axis in range(first, rank)})
+
+
+@rule("ScatterND")
+def scatter_nd(node: Node, c: Interpreter) -> None:
+    """x[*K, *R], index[*I, len(K)], updates[*I, *R] -> y[*K, *R]"""
+    first = c.dims(node, 1)[-1]
+    rank = len(c.dims(node, 0))
+    shift = len(c.dims(node, 2)) - rank
+    found: dict[int, Labels | None] = {}
+    for axis in range(rank):
+        labels = c.axis(node, 0, axis)
+        if axis < first:
+            c.freeze(node, labels, f"{node.title} writes to it by number")
+        else:
+            c.tie(node, labels, c.axis(node, 2, axis + shift))
+            found[axis] = labels
+    for axis in range(len(c.dims(node, 2)) - (rank - first)):
+        c.freeze(node, c.axis(node, 2, axis), f"{node.title} writes it by number")
+    c.set(node, found)
+
+
+@rule("OneHot", "NonZero", "Unique", "NonMaxSuppression", "Range", "EyeLike")
+def data_dependent(node: Node, c: Interpreter) -> None:
+    """outputs whose shape or meaning depends on positions: inputs stay as they are"""
+    for slot in range(len(node.inputs)):
+        c.freeze_input(node, slot, f"{node.title} depends on its order")
+
+
+@rule("RandomNormalLike", "RandomUniformLike", "RandomNormal", "RandomUniform", "Multinomial")
+def random(node: Node, c: Interpreter) -> None:
+    """fresh random values: nothing to prune"""
+    for slot in range(len(node.inputs)):
+        c.freeze_input(node, slot, f"{node.title} copies its shape")
+
+
+@rule("Trilu")
+def trilu(node: Node, c: Interpreter) -> None:
+    """x[*B, M, N] -> y[*B, M, N], a triangle zeroed"""
+    rank = len(c.dims(node, 0))
+    for axis in (rank - 2, rank - 1):
+        c.freeze(node, c.axis(node, 0, axis), f"{node.title} depends on its order")
+    c.set(node, {a: c.axis(node, 0, a) for a in range(rank - 2)})

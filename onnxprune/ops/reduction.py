@@ -1,0 +1,89 @@
+"""Reductions, arg-reductions and running sums."""
+
+from __future__ import annotations
+
+from onnxprune.coupling import Interpreter
+from onnxprune.graph import Node
+from onnxprune.labels import Labels
+from onnxprune.ops.registry import rule
+
+SUMS = ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")
+OTHERS = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp")
+
+
+@rule(*SUMS)
+def sums(node: Node, c: Interpreter) -> None:
+    """x[*D], axes -> y[*D without axes]; zeros add nothing"""
+    _reduce(node, c, exact=True)
+
+
+@rule(*OTHERS)
+def others(node: Node, c: Interpreter) -> None:
+    """x[*D], axes -> y[*D without axes]; a zero counts"""
+    _reduce(node, c, exact=False)
+
+
+def _reduced_axes(node: Node, c: Interpreter, rank: int) -> set[int] | None:
+    axes = node.attr("axes")
+    if node.input(1):
+        value = c.value(node, 1)
+        if value is None:
+            return None
+        axes = value.ravel().tolist()
+    if axes is None or len(axes) == 0:
+        return set() if node.attr("noop_with_empty_axes", 0) else set(range(rank))
+    return {int(a) % rank for a in axes}
+
+
+def _reduce(node: Node, c: Interpreter, *, exact: bool) -> None:
+    rank = len(c.dims(node, 0))
+    axes = _reduced_axes(node, c, rank)
+    if axes is None:
+        c.freeze_input(node, 0, f"the axes of {node.title} are computed")
+        return
+    keep = node.attr("keepdims", 1)
+    found: dict[int, Labels | None] = {}
+    place = 0
+    for axis in range(rank):
+        if axis not in axes:
+            found[place] = c.axis(node, 0, axis)
+            if axes:
+                c.prefer(found[place])
+        elif exact:
+            c.contract(node, 0, axis)
+        else:
+            c.inexact(node, c.axis(node, 0, axis), f"{node.title} reduces over it")
+        place += bool(keep) or axis not in axes
+    c.set(node, found)
+
+
+@rule("ArgMax", "ArgMin")
+def arg(node: Node, c: Interpreter) -> None:
+    """x[*D] -> index along one axis"""
+    rank = len(c.dims(node, 0))
+    own = node.attr("axis", 0) % rank
+    c.freeze(node, c.axis(node, 0, own), f"{node.title} numbers it")
+    _without(node, c, own, bool(node.attr("keepdims", 1)))
+
+
+def _without(node: Node, c: Interpreter, own: int, keep: bool) -> None:
+    rank = len(c.dims(node, 0))
+    rest = [a for a in range(rank) if a != own]
+    c.set(node, {a if keep or a < own else a - 1: c.axis(node, 0, a) for a in rest})
+
+
+@rule("TopK", "CumSum", "ReverseSequence", "CumProd")
+def ordered(node: Node, c: Interpreter) -> None:
+    """x[*D] -> y[*D'], where one axis depends on its order or number"""
+    rank = len(c.dims(node, 0))
+    own = [node.attr("axis", -1) % rank]
+    if node.op_type in ("CumSum", "CumProd"):
+        value = c.value(node, 1)
+        own = [int(value.ravel()[0]) % rank] if value is not None else list(range(rank))
+    if node.op_type == "ReverseSequence":
+        own = [node.attr("batch_axis", 1), node.attr("time_axis", 0)]
+    for axis in own:
+        c.freeze(node, c.axis(node, 0, axis), f"{node.title} depends on its order")
+    labels = {a: c.axis(node, 0, a) for a in range(rank) if a not in own}
+    for index in range(len(node.outputs)):
+        c.set(node, labels, index)

@@ -1,0 +1,405 @@
+"""Every tensor's shape, and the value of every small integer tensor, at two assumed sizes of the free dimensions.
+
+Shapes are data in ONNX: exporters compute reshape targets by long Shape/Gather/Concat chains. With every free
+input dimension given a number, such chains fold to constants, and each shape becomes known. Doing so at two sizes tells
+which dimensions are fixed (equal at both) and which follow the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from onnxprune.graph import Constant, Graph, Node
+
+Array = NDArray[Any]
+Dims = tuple[int, ...]
+FOLD_LIMIT = 4096
+DATA_LIMIT = 1024
+#: Numbers tried for (first dimension, other dimensions) of the inputs; the pair differs in every free dimension.
+SIZES = (((2, 64), (3, 96)), ((2, 16), (3, 32)), ((1, 224), (2, 256)))
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """Shapes and folded values at one assignment of numbers to the free input dimensions."""
+
+    dims: Mapping[str, Dims]
+    values: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Shapes at two assignments. A dimension with the same number in both is fixed."""
+
+    first: Sizing
+    second: Sizing
+    types: Mapping[str, int]
+    constants: Mapping[str, Constant]
+
+    def dims(self, name: str) -> Dims | None:
+        """The shape at the first assignment, None where even the rank is unknown."""
+        return self.first.dims.get(name)
+
+    def value(self, name: str) -> Array | None:
+        """The folded value at the first assignment, None for what depends on data."""
+        value = self.first.values.get(name)
+        if value is None and name in self.constants and self.constants[name].size <= FOLD_LIMIT:
+            return self.constants[name].array()
+        return value
+
+    def is_fixed_value(self, name: str) -> bool:
+        """Whether the folded value is the same at both assignments."""
+        if name in self.constants:
+            return True
+        a, b = self.first.values.get(name), self.second.values.get(name)
+        return a is not None and (a is b or (b is not None and np.array_equal(a, b)))
+
+    def is_fixed(self, name: str, axis: int) -> bool:
+        """Whether axis `axis` has one length whatever the input."""
+        a, b = self.first.dims.get(name), self.second.dims.get(name)
+        return a is not None and b is not None and len(a) == len(b) and a[axis] == b[axis]
+
+
+def infer(graph: Graph) -> Shapes:
+    """Find the shape of every tensor of `graph`."""
+    skeleton = _skeleton(graph)
+    free = _free_dims(graph.model)
+    best: tuple[int, Shapes] | None = None
+    for small, large in SIZES:
+        first, types = _at(graph, skeleton, _assign(free, *small))
+        second = first if not free else _at(graph, skeleton, _assign(free, *large), first)[0]
+        found = Shapes(first, second, types, graph.constants)
+        missing = sum(
+            name not in first.dims for node in graph.nodes for name in node.outputs if name
+        )
+        if best is None or missing < best[0]:
+            best = (missing, found)
+        if missing == 0 or not free:
+            break
+    assert best is not None
+    return best[1]
+
+
+def _free_dims(model: onnx.ModelProto) -> dict[tuple[str, int], tuple[str, bool]]:
+    """(input, axis) of each free dimension -> (its symbol, whether it leads its input)."""
+    constants = {t.name for t in model.graph.initializer}
+    free: dict[tuple[str, int], tuple[str, bool]] = {}
+    for value in model.graph.input:
+        if value.name in constants:
+            continue
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if not dim.HasField("dim_value") or dim.dim_value <= 0:
+                symbol = dim.dim_param or f"{value.name}.{axis}"
+                free[value.name, axis] = (symbol, axis == 0)
+    return free
+
+
+def _assign(
+    free: Mapping[tuple[str, int], tuple[str, bool]], lead: int, other: int
+) -> dict[tuple[str, int], int]:
+    numbers: dict[str, int] = {}
+    for symbol, leads in free.values():
+        numbers.setdefault(symbol, lead if leads else other)
+    return {where: numbers[symbol] for where, (symbol, _) in free.items()}
+
+
+def _skeleton(graph: Graph) -> onnx.ModelProto:
+    """The model without large tensors' data and without recorded shapes."""
+    source = graph.model
+    model = onnx.ModelProto(ir_version=source.ir_version)
+    model.opset_import.extend(source.opset_import)
+    model.functions.extend(source.functions)
+    model.graph.name = source.graph.name or "graph"
+    model.graph.node.extend(node.proto for node in graph.nodes)
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            _drop_data(node)
+    model.graph.input.extend(source.graph.input)
+    model.graph.output.extend(onnx.ValueInfoProto(name=o.name) for o in source.graph.output)
+    for constant in graph.constants.values():
+        if constant.node is None:
+            small = constant.size <= DATA_LIMIT
+            model.graph.initializer.append(constant.tensor if small else _empty(constant.tensor))
+    return model
+
+
+def _drop_data(node: onnx.NodeProto) -> None:
+    for attribute in node.attribute:
+        if attribute.name == "value" and np.prod(attribute.t.dims, dtype=np.int64) > DATA_LIMIT:
+            attribute.t.CopyFrom(_empty(attribute.t))
+
+
+def _empty(tensor: onnx.TensorProto) -> onnx.TensorProto:
+    return onnx.TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+
+
+def _at(
+    graph: Graph,
+    skeleton: onnx.ModelProto,
+    numbers: Mapping[tuple[str, int], int],
+    base: Sizing | None = None,
+) -> tuple[Sizing, dict[str, int]]:
+    """Shapes with `numbers` put in; `base` is the other assignment, whose unchanged values are reused."""
+    for value in skeleton.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if (value.name, axis) in numbers:
+                dim.dim_value = numbers[value.name, axis]
+    try:
+        inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+    except Exception:  # the inference of one operator fails: the walk below goes on without
+        inferred = skeleton
+    walk = _Walk(graph, base)
+    for value in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output):
+        walk.note(value.name, value.type)
+    for constant in graph.constants.values():
+        walk.dims[constant.name] = constant.dims
+        walk.types[constant.name] = constant.dtype
+    for node in graph.nodes:
+        walk.visit(node)
+    return Sizing(walk.dims, walk.values), walk.types
+
+
+class _Walk:
+    """One pass over the nodes that folds small integer values and fills in missing shapes."""
+
+    def __init__(self, graph: Graph, base: Sizing | None) -> None:
+        self.graph = graph
+        self.base = base
+        self.dims: dict[str, Dims] = {}
+        self.types: dict[str, int] = {}
+        self.values: dict[str, Array] = {}
+
+    def note(self, name: str, kind: onnx.TypeProto) -> None:
+        if not kind.HasField("tensor_type"):
+            return
+        tensor = kind.tensor_type
+        self.types[name] = tensor.elem_type
+        if tensor.HasField("shape"):
+            dims = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
+            if -1 not in dims:
+                self.dims[name] = dims
+
+    def value(self, name: str) -> Array | None:
+        known = self.values.get(name)
+        if known is None and name in self.graph.constants:
+            constant = self.graph.constants[name]
+            limit = 16 if constant.is_float else FOLD_LIMIT
+            if constant.size <= limit and constant.dtype != onnx.TensorProto.STRING:
+                same = self.base.values.get(name) if self.base else None
+                known = self.values[name] = constant.array() if same is None else same
+        return known
+
+    def visit(self, node: Node) -> None:
+        if node.op_type == "Constant":
+            return
+        fold = FOLDS.get(node.op_type) if node.domain == "" else None
+        if fold is not None and self._fold(node, fold):
+            return
+        if any(name and name not in self.dims for name in node.outputs):
+            self._infer(node)
+
+    def _fold(self, node: Node, fold: Callable[..., Any]) -> bool:
+        if node.op_type in ("Shape", "Size"):
+            dims = self.dims.get(node.inputs[0])
+            inputs: list[Array | None] = (
+                [np.empty(0)] if dims is None else [np.array(dims, np.int64)]
+            )
+            if dims is None:
+                return False
+        else:
+            inputs = [self.value(name) if name else None for name in node.inputs]
+            if any(v is None and name for v, name in zip(inputs, node.inputs, strict=True)):
+                return False
+        out = self._reuse(node, inputs)
+        if out is None:
+            try:
+                out = np.asarray(fold(node, *inputs))
+            except (ValueError, IndexError, TypeError, ZeroDivisionError, MemoryError):
+                return False
+        if out.size > FOLD_LIMIT:
+            return False
+        name = node.outputs[0]
+        self.values[name] = out
+        self.dims[name] = out.shape
+        self.types.setdefault(name, helper.np_dtype_to_tensor_dtype(out.dtype))
+        return True
+
+    def _reuse(self, node: Node, inputs: list[Array | None]) -> Array | None:
+        """The other assignment's result, where none of the inputs differs from it."""
+        if self.base is None or node.op_type in ("Shape", "Size"):
+            return None
+        theirs = self.base.values
+        same = all(
+            v is None or theirs.get(n) is v for v, n in zip(inputs, node.inputs, strict=True)
+        )
+        return theirs.get(node.outputs[0]) if same else None
+
+    def _infer(self, node: Node) -> None:
+        version = self.graph.opsets.get(node.domain)
+        if version is None or not onnx.defs.has(node.op_type, version, node.domain):
+            return
+        kinds: dict[str, onnx.TypeProto] = {}
+        data: dict[str, onnx.TensorProto] = {}
+        for name in node.inputs:
+            if not name:
+                continue
+            if name not in self.dims or name not in self.types:
+                return
+            kinds[name] = helper.make_tensor_type_proto(self.types[name], self.dims[name])
+            value = self.value(name)
+            if value is not None:
+                data[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+        try:
+            outputs = onnx.shape_inference.infer_node_outputs(
+                schema,
+                node.proto,
+                kinds,
+                data,
+                opset_imports=list(self.graph.model.opset_import),
+                ir_version=self.graph.model.ir_version,
+            )
+        except Exception:  # a node that cannot be inferred leaves its outputs unknown
+            return
+        for name, kind in outputs.items():
+            self.note(name, kind)
+
+
+def _axes(node: Node, value: Array | None) -> tuple[int, ...] | None:
+    axes = node.attr("axes") if value is None else value.ravel()
+    return None if axes is None else tuple(int(a) for a in axes)
+
+
+def _slice(node: Node, x: Array, *rest: Array | None) -> Array:
+    parts: list[Any] = list(rest) + [None] * (4 - len(rest))
+    if not rest:
+        parts = [node.attr("starts"), node.attr("ends"), node.attr("axes"), None]
+    starts, ends = parts[0], parts[1]
+    axes = range(len(starts)) if parts[2] is None else parts[2]
+    steps = [1] * len(starts) if parts[3] is None else parts[3]
+    index = [slice(None)] * x.ndim
+    for a, s, e, t in zip(axes, starts, ends, steps, strict=True):
+        stop: int | None = int(e)
+        if t < 0 and e < -x.shape[int(a)]:
+            stop = None
+        index[int(a)] = slice(int(s), stop, int(t))
+    return x[tuple(index)]
+
+
+def _unsqueeze(node: Node, x: Array, axes: Array | None = None) -> Array:
+    where = _axes(node, axes) or ()
+    rank = x.ndim + len(where)
+    return np.expand_dims(x, tuple(a % rank for a in where))
+
+
+def _reshape(node: Node, x: Array, shape: Array | None = None) -> Array:
+    target = [int(v) for v in (node.attr("shape") if shape is None else shape)]
+    if not node.attr("allowzero", 0):
+        target = [x.shape[i] if v == 0 else v for i, v in enumerate(target)]
+    return x.reshape(target)
+
+
+def _divide(_: Node, a: Array, b: Array) -> Array:
+    if np.issubdtype(a.dtype, np.integer):
+        return np.asarray(np.trunc(a / b)).astype(a.dtype)
+    return a / b
+
+
+def _cast(node: Node, x: Array) -> Array:
+    return x.astype(helper.tensor_dtype_to_np_dtype(node.attr("to")))
+
+
+def _constant_of_shape(node: Node, shape: Array) -> Array:
+    if np.prod(shape) > FOLD_LIMIT:
+        raise ValueError("too large to fold")
+    value = node.attr("value")
+    fill = np.zeros(1, np.float32) if value is None else numpy_helper.to_array(value)
+    return np.full(tuple(int(v) for v in shape), fill.ravel()[0])
+
+
+def _expand(_: Node, x: Array, shape: Array) -> Array:
+    dims = np.broadcast_shapes(x.shape, tuple(int(v) for v in shape))
+    if np.prod(dims) > FOLD_LIMIT:
+        raise ValueError("too large to fold")
+    return np.broadcast_to(x, dims)
+
+
+def _gather(node: Node, x: Array, index: Array) -> Array:
+    return np.take(x, index, axis=node.attr("axis", 0))
+
+
+def _reduce(function: Callable[..., Any]) -> Callable[..., Any]:
+    def fold(node: Node, x: Array, axes: Array | None = None) -> Array:
+        where = _axes(node, axes)
+        if where is None and node.attr("noop_with_empty_axes", 0):
+            return x
+        return np.asarray(function(x, axis=where, keepdims=bool(node.attr("keepdims", 1))))
+
+    return fold
+
+
+def _range(_: Node, start: Array, limit: Array, step: Array) -> Array:
+    if abs((limit - start) / step) > FOLD_LIMIT:
+        raise ValueError("too large to fold")
+    return np.arange(start, limit, step, dtype=start.dtype)
+
+
+def _shape(node: Node, dims: Array) -> Array:
+    return dims[node.attr("start", 0) : node.attr("end", None)]
+
+
+def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda node, *inputs: function(*inputs)
+
+
+#: Folds of the operators that shape chains are made of: (node, *input values) -> output value.
+FOLDS: dict[str, Callable[..., Any]] = {
+    "Shape": _shape,
+    "Size": lambda node, dims: np.prod(dims, dtype=np.int64),
+    "Gather": _gather,
+    "Slice": _slice,
+    "Concat": lambda node, *xs: np.concatenate(xs, axis=node.attr("axis")),
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": lambda node, x, axes=None: np.squeeze(x, _axes(node, axes)),
+    "Reshape": _reshape,
+    "Flatten": lambda node, x: x.reshape(int(np.prod(x.shape[: node.attr("axis", 1)])), -1),
+    "Cast": _cast,
+    "Identity": lambda node, x: x,
+    "Transpose": lambda node, x: np.transpose(x, node.attr("perm")),
+    "ConstantOfShape": _constant_of_shape,
+    "Expand": _expand,
+    "Range": _range,
+    "Div": _divide,
+    "Mod": lambda node, a, b: np.fmod(a, b) if node.attr("fmod", 0) else np.mod(a, b),
+    "ReduceProd": _reduce(np.prod),
+    "ReduceSum": _reduce(np.sum),
+    "ReduceMax": _reduce(np.max),
+    "ReduceMin": _reduce(np.min),
+    "Where": _plain(np.where),
+    "Add": _plain(np.add),
+    "Sub": _plain(np.subtract),
+    "Mul": _plain(np.multiply),
+    "Pow": _plain(np.power),
+    "Neg": _plain(np.negative),
+    "Abs": _plain(np.abs),
+    "Min": lambda node, *xs: np.minimum.reduce(np.broadcast_arrays(*xs)),
+    "Max": lambda node, *xs: np.maximum.reduce(np.broadcast_arrays(*xs)),
+    "Floor": _plain(np.floor),
+    "Ceil": _plain(np.ceil),
+    "Sqrt": _plain(np.sqrt),
+    "Equal": _plain(np.equal),
+    "Greater": _plain(np.greater),
+    "GreaterOrEqual": _plain(np.greater_equal),
+    "Less": _plain(np.less),
+    "LessOrEqual": _plain(np.less_equal),
+    "And": _plain(np.logical_and),
+    "Or": _plain(np.logical_or),
+    "Not": _plain(np.logical_not),
+}

@@ -1,0 +1,302 @@
+"""Carry out a decision: slice every weight once, rewrite shape operands and attributes, drop what fell out of use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from onnxprune.coupling import Coupling
+from onnxprune.graph import Constant
+from onnxprune.labels import Layout
+from onnxprune.ops import REWRITES
+from onnxprune.rewriting import Edits, Mask, Rewriter
+
+Array = NDArray[Any]
+Cuts = dict[int, Mask]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Initializer `name` of the result: `source` of the input with only `keep[axis]` indices."""
+
+    name: str
+    source: str
+    shape_before: tuple[int, ...]
+    shape_after: tuple[int, ...]
+    keep: Mapping[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The pruned model and where each changed weight came from."""
+
+    model: onnx.ModelProto
+    slices: tuple[Slice, ...]
+
+
+@dataclass
+class _State:
+    coupling: Coupling
+    rewriter: Rewriter
+    taken: set[str]
+    tensors: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    added: list[onnx.TensorProto] = field(default_factory=list)
+    inputs: dict[tuple[int, int], str] = field(default_factory=dict)
+    slices: list[Slice] = field(default_factory=list)
+
+    def name(self, wish: str) -> str:
+        """A tensor name that is not taken yet."""
+        name, n = wish, 1
+        while name in self.taken:
+            name, n = f"{wish}_{n}", n + 1
+        self.taken.add(name)
+        return name
+
+
+def apply_keep(coupling: Coupling, keep: Mask) -> Applied:
+    """The model with only the units where `keep` is true (unit 0, frozen, always stays).
+
+    The input model is left as it is; untouched weights are not copied before they reach the result.
+    """
+    rewriter = Rewriter(coupling, keep)
+    graph = coupling.graph
+    taken = {n for node in graph.nodes for n in (*node.inputs, *node.outputs)} | set(
+        graph.constants
+    )
+    state = _State(coupling, rewriter, taken | {i.name for i in graph.model.graph.input})
+    for name in coupling.constants:
+        _slice_constant(state, graph.constants[name])
+    for node in graph.nodes:
+        rewrite = REWRITES.get((node.domain, node.op_type))
+        if rewrite is not None:
+            rewrite(node, rewriter)
+    _place_operands(state, rewriter.edits)
+    return Applied(_assemble(state, rewriter.edits), tuple(state.slices))
+
+
+def _cuts(rewriter: Rewriter, layout: Layout) -> Cuts:
+    cuts = {}
+    for block in layout:
+        mask = rewriter.mask(block.labels)
+        if not mask.all():
+            cuts[block.axes[0]] = mask
+    return cuts
+
+
+def _slice_constant(state: _State, constant: Constant) -> None:
+    """Slice a weight once for each different way in which its uses were pruned."""
+    variants: dict[bytes, tuple[Cuts, list[tuple[int, int]]]] = {}
+    for use, layout in state.coupling.constants[constant.name].items():
+        cuts = _cuts(state.rewriter, layout)
+        key = b"".join(bytes([a]) + m.tobytes() for a, m in sorted(cuts.items()))
+        variants.setdefault(key, (cuts, []))[1].append(use)
+    unlabelled = _other_uses(state, constant.name)
+    if all(not cuts for cuts, _ in variants.values()):
+        return
+    own_name_free = not unlabelled and b"" not in variants
+    for cuts, uses in variants.values():
+        if not cuts:
+            continue
+        array = constant.array()
+        for axis, mask in sorted(cuts.items(), key=lambda c: c[1].mean()):
+            array = np.compress(mask, array, axis=axis)
+        name = constant.name
+        if own_name_free:
+            own_name_free = False
+            state.tensors[name] = _tensor(array, constant, name)
+        else:
+            name = state.name(f"{constant.name}_pruned")
+            state.added.append(_tensor(array, constant, name))
+            state.inputs.update((use, name) for use in uses)
+        keep = {a: tuple(np.flatnonzero(m).tolist()) for a, m in cuts.items()}
+        state.slices.append(Slice(name, constant.name, constant.dims, array.shape, keep))
+
+
+def _other_uses(state: _State, name: str) -> bool:
+    """Whether the tensor is read where no labels were asked for, or leaves the graph."""
+    graph = state.coupling.graph
+    names = [name, *(alias for alias, target in state.coupling.aliases.items() if target == name)]
+    uses = {use for n in names for use in graph.uses.get(n, ())}
+    passed = {(graph.producer[alias].index, 0) for alias in names[1:] if alias in graph.producer}
+    known = state.coupling.constants[name].keys()
+    return bool(uses - passed - known) or any(n in graph.outputs for n in names)
+
+
+def _tensor(array: Array, constant: Constant, name: str) -> onnx.TensorProto:
+    tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+    tensor.data_type = constant.dtype
+    tensor.doc_string = constant.tensor.doc_string
+    return tensor
+
+
+def _place_operands(state: _State, edits: Edits) -> None:
+    """Shape operands go into the initializer they came from where nobody else reads it."""
+    graph = state.coupling.graph
+    for (index, slot), value in edits.operands.items():
+        node = graph.nodes[index]
+        name = node.input(slot)
+        own = graph.constants.get(name)
+        alone = own is not None and len(graph.uses.get(name, ())) == 1 and name not in graph.outputs
+        if alone:
+            state.tensors[name] = numpy_helper.from_array(value, name)
+        else:
+            fresh = state.name(f"{node.outputs[0]}_shape" if name else f"{node.outputs[0]}_operand")
+            state.added.append(numpy_helper.from_array(value, fresh))
+            state.inputs[index, slot] = fresh
+
+
+def _assemble(state: _State, edits: Edits) -> onnx.ModelProto:
+    source = state.coupling.graph.model
+    model = onnx.ModelProto()
+    for descriptor, value in source.ListFields():
+        if descriptor.name != "graph":
+            _copy_field(model, descriptor.name, value)
+    for descriptor, value in source.graph.ListFields():
+        if descriptor.name not in ("node", "initializer", "value_info"):
+            _copy_field(model.graph, descriptor.name, value)
+    _write_nodes(state, edits, model.graph)
+    _write_initializers(state, model.graph)
+    _write_value_info(state, model.graph)
+    _drop_dead(source.graph, model.graph)
+    return model
+
+
+def _copy_field(message: Any, name: str, value: Any) -> None:
+    own = getattr(message, name)
+    if hasattr(own, "extend"):
+        own.extend(value)
+    elif hasattr(own, "CopyFrom"):
+        own.CopyFrom(value)
+    else:
+        setattr(message, name, value)
+
+
+def _write_nodes(state: _State, edits: Edits, graph: onnx.GraphProto) -> None:
+    for node in state.coupling.graph.nodes:
+        if node.index in edits.gathers:
+            graph.node.append(_gather(state, node.index, *edits.gathers[node.index]))
+            continue
+        for slot in range(len(node.inputs)):
+            override = edits.overrides.get((node.index, slot))
+            if override is not None:
+                graph.node.append(_where(state, node.index, slot, *override))
+        proto = graph.node.add()
+        proto.CopyFrom(node.proto)
+        _edit_node(state, edits, node.index, proto)
+
+
+def _edit_node(state: _State, edits: Edits, index: int, proto: onnx.NodeProto) -> None:
+    if proto.op_type == "Constant" and proto.output[0] in state.tensors:
+        attribute = helper.make_attribute("value", state.tensors.pop(proto.output[0]))
+        del proto.attribute[:]
+        proto.attribute.append(attribute)
+    changed = edits.attributes.get(index, {})
+    dropped = edits.dropped.get(index, set())
+    if changed or dropped:
+        rest = [a for a in proto.attribute if a.name not in changed and a.name not in dropped]
+        rest += [helper.make_attribute(name, value) for name, value in changed.items()]
+        del proto.attribute[:]
+        proto.attribute.extend(rest)
+    slots = [slot for i, slot in state.inputs if i == index] if index in _indices(state) else []
+    for slot in slots:
+        while len(proto.input) <= slot:
+            proto.input.append("")
+        proto.input[slot] = state.inputs[index, slot]
+
+
+def _indices(state: _State) -> set[int]:
+    return {index for index, _ in state.inputs}
+
+
+def _gather(state: _State, index: int, source: str, axis: int, picked: Array) -> onnx.NodeProto:
+    node = state.coupling.graph.nodes[index]
+    name = state.name(f"{node.outputs[0]}_index")
+    state.added.append(numpy_helper.from_array(picked, name))
+    return helper.make_node(
+        "Gather", [source, name], list(node.outputs), name=node.proto.name, axis=axis
+    )
+
+
+def _where(state: _State, index: int, slot: int, mask: Array, target: Array) -> onnx.NodeProto:
+    node = state.coupling.graph.nodes[index]
+    fresh = state.name(f"{node.outputs[0]}_shape")
+    names = [state.name(f"{fresh}_mask"), state.name(f"{fresh}_value")]
+    state.added += [
+        numpy_helper.from_array(a, n) for a, n in zip((mask, target), names, strict=True)
+    ]
+    state.inputs[index, slot] = fresh
+    return helper.make_node("Where", [*names, node.input(slot)], [fresh], name=fresh)
+
+
+def _write_initializers(state: _State, graph: onnx.GraphProto) -> None:
+    for tensor in state.coupling.graph.model.graph.initializer:
+        graph.initializer.append(state.tensors.get(tensor.name, tensor))
+    graph.initializer.extend(state.added)
+    changed = {t.name: t for t in state.tensors.values()}
+    for value in graph.input:
+        if value.name in changed:
+            for dim, size in zip(
+                value.type.tensor_type.shape.dim, changed[value.name].dims, strict=True
+            ):
+                dim.dim_value = size
+
+
+def _write_value_info(state: _State, graph: onnx.GraphProto) -> None:
+    """Recorded shapes keep what they said, except where pruning changed it."""
+    rewriter, shapes = state.rewriter, state.coupling.shapes
+    for value in state.coupling.graph.model.graph.value_info:
+        copy = graph.value_info.add()
+        copy.CopyFrom(value)
+        before = shapes.dims(value.name)
+        if before is None or not value.type.tensor_type.HasField("shape"):
+            continue
+        after = rewriter._after(before, state.coupling.layouts.get(value.name, ()))
+        for axis, dim in enumerate(copy.type.tensor_type.shape.dim):
+            if axis < len(after) and before[axis] != after[axis] and dim.HasField("dim_value"):
+                dim.dim_value = after[axis]
+
+
+def _drop_dead(before: onnx.GraphProto, after: onnx.GraphProto) -> None:
+    """Remove what only the replaced parts used; what was unused before is none of our business."""
+    used_before = _used_names(before)
+    while True:
+        used = _used_names(after)
+        dead = [
+            i
+            for i, node in enumerate(after.node)
+            if not any(name in used for name in node.output)
+            and any(name in used_before for name in node.output)
+        ]
+        if not dead:
+            break
+        for i in reversed(dead):
+            del after.node[i]
+    inputs = {i.name for i in after.input}
+    gone = [
+        i
+        for i, t in enumerate(after.initializer)
+        if t.name not in used and t.name in used_before and t.name not in inputs
+    ]
+    for i in reversed(gone):
+        del after.initializer[i]
+
+
+def _used_names(graph: onnx.GraphProto) -> set[str]:
+    used = {o.name for o in graph.output}
+    for node in graph.node:
+        used.update(node.input)
+        used.update(_body_names(node))
+    return used
+
+
+def _body_names(node: onnx.NodeProto) -> Iterable[str]:
+    for attribute in node.attribute:
+        bodies = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
+        for body in bodies:
+            yield from _used_names(body)
