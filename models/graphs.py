@@ -47,7 +47,11 @@ class Network:
         return self._node("Conv", [x, weight], name, channels, group=group, **window)
 
     def norm(self, x: str, name: str, scale: float = 1.0) -> str:
-        """Batch normalization over [N, H, W], in this network's form."""
+        """Batch normalization over [N, H, W], in this network's form.
+
+        A `scale` of 0 at the end of a residual branch lets training start from a shallow network
+        (Goyal et al., 2017).
+        """
         channels = self._channels[x]
         gamma = self._value(f"{name}.weight", np.full(channels, scale, np.float32))
         beta = self._value(f"{name}.bias", np.zeros(channels, np.float32))
@@ -250,7 +254,7 @@ def _conv_norm(
 def _residual(net: Network, x: str, name: str, channels: int, stride: int = 1) -> str:
     """Two 3 x 3 convolutions beside a shortcut, which is 1 x 1 where the shape changes."""
     y = _conv_norm(net, x, f"{name}.a", channels, stride=stride)
-    y = net.norm(net.conv(y, f"{name}.b.conv", channels), f"{name}.b.bn")
+    y = net.norm(net.conv(y, f"{name}.b.conv", channels), f"{name}.b.bn", scale=0)
     if stride != 1:
         x = net.norm(net.conv(x, f"{name}.short.conv", channels, 1, stride), f"{name}.short.bn")
     return net.relu(net.add(y, x, f"{name}.add"), f"{name}.relu")
@@ -263,5 +267,5 @@ def _separable(net: Network, x: str, name: str, channels: int, hidden: int) -> s
     """
     y = x if hidden == channels else _conv_norm(net, x, f"{name}.expand", hidden, 1)
     y = _conv_norm(net, y, f"{name}.depthwise", hidden, group=hidden)
-    y = net.norm(net.conv(y, f"{name}.project.conv", channels, 1), f"{name}.project.bn")
+    y = net.norm(net.conv(y, f"{name}.project.conv", channels, 1), f"{name}.project.bn", scale=0)
     return net.add(y, x, f"{name}.add")
