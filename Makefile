@@ -15,7 +15,7 @@ help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(TRAINING)  ## Prune a trained model on real data, fine-tune it, check it, print before and after
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo
 
 test: $(TRAINING)  ## Run every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -36,10 +36,10 @@ format: $(INSTALLED)  ## Mend style and format
 	$(BIN)/ruff format .
 
 benchmark-fashion: $(TRAINING)  ## Train, prune and fine-tune on Fashion-MNIST, and print the table
-	$(BIN)/python benchmarks/fashion.py
+	$(BIN)/python -m benchmarks.fashion
 
 conformance: $(INSTALLED)  ## Prune every model of the conformance set and print the table
-	$(BIN)/python benchmarks/conformance.py
+	$(BIN)/python -m benchmarks.conformance
 
 clean:  ## Remove what the targets made
 	rm -rf $(VENV) out build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
