@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from onnxprune.data import Batch, Dataset, open_data
@@ -176,6 +178,26 @@ def test_a_fixed_batch_drops_what_does_not_fill_it() -> None:
         got = [b.feeds["image"] for b in open_data(source, fixed).batches(64)]
         assert [len(g) for g in got] == [4, 4]
         np.testing.assert_array_equal(np.concatenate(got), X[:8])
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 12), st.booleans())
+def test_any_feeds_become_batches_of_any_size(lengths: list[int], size: int, fixed: bool) -> None:
+    whole = np.arange(sum(lengths), dtype=np.float32)
+    feeds = [(part, part) for part in np.split(whole, np.cumsum(lengths)[:-1])]
+    data = open_data(feeds, images([size if fixed else "N"]))
+    if fixed and len(whole) < size:
+        with pytest.raises(InvalidDataError, match="fewer samples"):
+            list(data.batches(1))
+        return
+    got = list(data.batches(size))
+    full = len(whole) // size
+    assert [len(b.feeds["image"]) for b in got[:full]] == [size] * full
+    count = full * size if fixed else len(whole)
+    assert len(data) == count
+    np.testing.assert_array_equal(np.concatenate([b.labels for b in got]), whole[:count])  # type: ignore[misc]
+    shuffled = list(data.batches(size, rng=np.random.default_rng(0)))
+    seen = np.concatenate([b.feeds["image"] for b in shuffled])
+    assert len(set(seen)) == len(seen) == count
 
 
 def test_a_long_list_item_is_shuffled_whole() -> None:
