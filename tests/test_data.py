@@ -194,7 +194,7 @@ def test_any_feeds_become_batches_of_any_size(lengths: list[int], size: int, fix
     assert [len(b.feeds["image"]) for b in got[:full]] == [size] * full
     count = full * size if fixed else len(whole)
     assert len(data) == count
-    np.testing.assert_array_equal(np.concatenate([b.labels for b in got]), whole[:count])  # type: ignore[misc]
+    np.testing.assert_array_equal(np.concatenate([b.labels for b in got]), whole[:count])
     shuffled = list(data.batches(size, rng=np.random.default_rng(0)))
     seen = np.concatenate([b.feeds["image"] for b in shuffled])
     assert len(set(seen)) == len(seen) == count
