@@ -81,6 +81,11 @@ class Worker:
                 "without training; install onnxruntime-training-cpu there"
             )
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
     def call(
         self,
         op: str,

@@ -22,7 +22,7 @@ def expand_function(
     except onnx.defs.SchemaError:
         return None
     body = _body(schema, node, source, version)
-    return None if body is None else _instantiate(body, node)
+    return None if body is None else _instantiate(body, node, schema)
 
 
 def _body(schema: Any, node: onnx.NodeProto, source: Draft | onnx.GraphProto, version: int) -> Any:
@@ -60,13 +60,16 @@ def _type(name: str, source: Draft | onnx.GraphProto) -> bytes:
     return bytes(onnx.TypeProto().SerializeToString())
 
 
-def _instantiate(body: onnx.FunctionProto, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+def _instantiate(
+    body: onnx.FunctionProto, node: onnx.NodeProto, schema: Any
+) -> list[onnx.NodeProto]:
     """Bind inputs, outputs and attributes of a body to those of the node."""
     names = dict(zip(body.output, node.output, strict=False))
     for index, formal in enumerate(body.input):
         names[formal] = node.input[index] if index < len(node.input) else ""
     given = {a.name: a for a in node.attribute}
-    defaults = {a.name: a for a in body.attribute_proto}
+    defaults = {n: a.default_value for n, a in schema.attributes.items() if a.default_value.type}
+    defaults.update({a.name: a for a in body.attribute_proto})
     prefix = f"onnxprune.{node.output[0]}."
     nodes = []
     for index, inner in enumerate(body.node):

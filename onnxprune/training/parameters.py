@@ -36,7 +36,7 @@ PLACES: dict[str, dict[int, bool]] = {
     "GRU": {1: True, 2: True, 3: False},
     "RNN": {1: True, 2: True, 3: False},
 }
-VECTOR_PLACES = {"Add", "Sub", "Mul", "Div", "Sum"}
+VECTOR_PLACES = {"Add", "Sub", "Mul", "Div", "Sum", "Mean"}
 # operators a weight may pass on its way to the place where it is used
 CARRIERS = {"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast"}
 TABLE_LIMIT = 20.0  # larger added values are masks (-100, -1e4, -inf), not learnt positions

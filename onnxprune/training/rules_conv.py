@@ -28,15 +28,81 @@ def conv(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto] | None:
     return _with_pads(node, draft, draft.static(node, node.input[1])[2:])
 
 
-@rule("MaxPool", "AveragePool")
-def pool(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto] | None:
+@rule("MaxPool")
+def max_pool(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto] | None:
     """x[N, C, *S] -> y[N, C, *S']"""
-    options = attributes(node)
-    if node.op_type == "AveragePool" and any(d != 1 for d in options.get("dilations", [])):
-        raise Undifferentiable("AveragePool: the gradient ignores dilations")
-    if options.get("ceil_mode"):
-        return _without_ceil(node, draft)
-    return _with_pads(node, draft, list(options["kernel_shape"]))
+    if attributes(node).get("ceil_mode"):
+        return [_without_ceil(node, draft)]
+    return _with_pads(node, draft, list(attributes(node)["kernel_shape"]))
+
+
+@rule("AveragePool")
+def average_pool(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto]:
+    """x[N, C, *S] -> y[N, C, *S']: means of tiles, or sums by a depthwise Conv over the counts.
+
+    The builder's own gradient wants fixed batches and ignores dilations.
+    """
+    kernel = list(attributes(node)["kernel_shape"])
+    ceiled = bool(attributes(node).get("ceil_mode"))
+    fresh = _without_ceil(node, draft) if ceiled else (_with_pads(node, draft, kernel) or [node])[0]
+    options = attributes(fresh)
+    rank = len(kernel)
+    pads = list(options.get("pads") or [0] * 2 * rank)
+    strides = list(options.get("strides") or [1] * rank)
+    dilations = list(options.get("dilations") or [1] * rank)
+    b = Builder(draft, node)
+    tiles = _tiles(draft, node, kernel, strides, pads, dilations)
+    if tiles:
+        parts = b.op("Reshape", node.input[0], np.array([0, 0, *tiles]))
+        b.op("ReduceMean", parts, np.arange(3, 3 + 2 * rank, 2), output=node.output[0], keepdims=0)
+        return b.nodes
+    channels = draft.static(node, node.input[0], [1])[0]
+    window: dict[str, Any] = {"strides": strides, "pads": pads, "dilations": dilations}
+    counts = float(np.prod(kernel))
+    ones = np.ones((channels, 1, *kernel), np.float32)
+    if not any(pads) or (options.get("count_include_pad") and not ceiled):
+        b.op("Conv", node.input[0], ones / counts, output=node.output[0], group=channels, **window)
+        return b.nodes
+    sizes = draft.static(node, node.input[0], range(2, rank + 2))
+    total = b.op("Conv", node.input[0], ones, group=channels, **window)
+    b.op("Div", total, _window_counts(sizes, kernel, window), output=node.output[0])
+    return b.nodes
+
+
+def _tiles(
+    draft: Draft,
+    node: onnx.NodeProto,
+    kernel: list[int],
+    strides: list[int],
+    pads: list[int],
+    dilations: list[int],
+) -> list[int]:
+    """[S1', K1, S2', K2, ...] where windows tile the input; empty where they do not."""
+    shape = draft.shape(node.input[0])
+    if shape is None or any(pads) or strides != kernel or any(d != 1 for d in dilations):
+        return []
+    tiles: list[int] = []
+    for size, part in zip(shape[2:], kernel, strict=True):
+        if size is None or size % part:
+            return []
+        tiles += [size // part, part]
+    return tiles
+
+
+def _window_counts(sizes: list[int], kernel: list[int], window: dict[str, list[int]]) -> Any:
+    """How many values, padding aside, each window holds: [1, 1, *S']."""
+    rank = len(sizes)
+    counts = np.ones((1, 1, *[1] * rank), np.float32)
+    for axis, (size, width) in enumerate(zip(sizes, kernel, strict=True)):
+        begin, end = window["pads"][axis], window["pads"][axis + rank]
+        stride, step = window["strides"][axis], window["dilations"][axis]
+        inside = np.pad(np.ones(size, np.float32), (begin, end))
+        starts = np.arange(0, len(inside) - (width - 1) * step, stride)
+        held = inside[starts[:, None] + step * np.arange(width)].sum(axis=1)
+        spread = [1] * (rank + 2)
+        spread[axis + 2] = -1
+        counts = counts * held.reshape(spread)
+    return counts
 
 
 def _with_pads(
@@ -69,7 +135,7 @@ def _same_total(node: onnx.NodeProto, draft: Draft, axis: int, kernel: int) -> i
     return max(0, (-(-size // stride) - 1) * stride + reach - size)
 
 
-def _without_ceil(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto] | None:
+def _without_ceil(node: onnx.NodeProto, draft: Draft) -> onnx.NodeProto:
     """Rounding up as extra padding at the end, where that means the same."""
     options = attributes(node)
     kernel = list(options["kernel_shape"])
@@ -88,7 +154,7 @@ def _without_ceil(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto] | 
                 "AveragePool: ceil_mode with count_include_pad has no equal padding"
             )
         pads[axis + rank] += extra
-    return [replaced(node, ceil_mode=None, auto_pad=None, pads=pads)]
+    return replaced(node, ceil_mode=None, auto_pad=None, pads=pads)
 
 
 @rule("GlobalMaxPool")
