@@ -17,25 +17,34 @@ types), `Graph.copy` (unties captured constants), or `cleanup(remove_unused_node
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 import onnx
-import onnx.inliner
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.errors import InvalidModelError
+from onnxprune.standin import (
+    NodeNames,
+    check_names,
+    copy_fields,
+    dense,
+    initializer_names,
+    is_editable,
+    prepared,
+    sort_nodes,
+    strip,
+)
 
 _SILENT: Final = 1000  # above every severity of gs, which prints to standard output
 _FIRST_IR_WITHOUT_INPUTS: Final = 4
-_SCALARS: Final = (AttributeProto.FLOAT, AttributeProto.INT, AttributeProto.TENSOR)
-_LISTS: Final = {AttributeProto.FLOATS: "floats", AttributeProto.INTS: "ints"}
 _NODE_FIELDS: Final = frozenset(["input", "output", "name", "op_type", "domain", "attribute"])
 _GRAPH_FIELDS: Final = frozenset(
-    ["node", "name", "initializer", "sparse_initializer", "doc_string"]
-    + ["input", "output", "value_info"]
+    field.name
+    for field in onnx.GraphProto.DESCRIPTOR.fields
+    if field.name not in ("metadata_props", "quantization_annotation")
 )
 
 
@@ -72,12 +81,12 @@ def import_graph(model: onnx.ModelProto) -> Surgery:
     import onnx_graphsurgeon as gs
     from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException
 
-    source = _prepared(model)
+    source = prepared(model)
     stand_in = onnx.ModelProto()
     stand_in.CopyFrom(source)
     stand_in.ClearField("functions")
-    names = _NodeNames(source.graph)
-    _strip(stand_in.graph, names)
+    names = NodeNames(source.graph)
+    strip(stand_in.graph, names)
     try:
         with gs.logger.G_LOGGER.suppress(_SILENT):
             graph = gs.import_onnx(stand_in)
@@ -97,211 +106,43 @@ def export_graph(surgery: Surgery) -> onnx.ModelProto:
     """
     import onnx_graphsurgeon as gs
 
-    initializers = {id(t): _to_tensor(surgery, t) for t in _constants(surgery.graph)}
-    with _light(surgery.graph), gs.logger.G_LOGGER.suppress(_SILENT):
-        exported = gs.export_onnx(surgery.graph, do_type_check=False)
-    _restore_graph(surgery, surgery.graph, exported.graph, initializers, frozenset())
-    _sort(exported.graph)
-    model = onnx.ModelProto()
-    for name in ("ir_version", "producer_name", "producer_version"):
-        if getattr(exported, name) != getattr(surgery._model, name):
-            setattr(model, name, getattr(exported, name))
-    _copy_fields(surgery._model, model, {"graph", "opset_import", *_set_fields(model)})
-    model.opset_import.extend(exported.opset_import)
-    model.functions.extend(exported.functions)
-    model.graph.CopyFrom(exported.graph)
+    with gs.logger.G_LOGGER.suppress(_SILENT):
+        _check_tensors(surgery.graph)
+        initializers = {id(t): _to_tensor(surgery, t) for t in _constants(surgery.graph)}
+        with _Light(surgery.graph):
+            model: onnx.ModelProto = gs.export_onnx(surgery.graph, do_type_check=False)
+    _restore_graph(surgery, surgery.graph, model.graph, initializers, frozenset())
+    check_names(model.graph)
+    sort_nodes(model.graph)
+    _restore_model(surgery._model, model)
     return model
 
 
-def _set_fields(message: Any) -> set[str]:
-    return {descriptor.name for descriptor, _ in message.ListFields()}
+def _check_tensors(graph: Any) -> None:
+    """Two values of one name would become one value."""
+    from onnx_graphsurgeon.util.exception import OnnxGraphSurgeonException
 
-
-def _copy_fields(source: Any, target: Any, without: Iterable[str]) -> None:
-    """Copy all fields but some; new versions of ONNX may add fields."""
-    for descriptor, value in source.ListFields():
-        if descriptor.name in without:
-            continue
-        if hasattr(value, "CopyFrom"):
-            getattr(target, descriptor.name).CopyFrom(value)
-        elif isinstance(value, (str, bytes, int, float)):
-            setattr(target, descriptor.name, value)
-        else:
-            getattr(target, descriptor.name).extend(value)
-
-
-# Prepare
-
-
-def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy without weights: functions inlined, nodes sorted, domains and names checked."""
-    source = onnx.ModelProto()
-    _copy_fields(model, source, {"graph", "opset_import"})
-    for entry in {_domain(entry.domain): entry for entry in model.opset_import}.values():
-        source.opset_import.append(entry)
-        if entry.domain == "ai.onnx":
-            source.opset_import[-1].domain = ""
-    _copy_fields(model.graph, source.graph, {"initializer"})
-    for tensor in model.graph.initializer:
-        source.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-    for graph in _graphs(source.graph):
-        for node in graph.node:
-            if node.domain == "ai.onnx":
-                node.domain = ""
-    if source.functions:
-        source = onnx.inliner.inline_local_functions(source)
-    _check_names(source.graph, frozenset())
-    _sort(source.graph)
-    return source
-
-
-def _domain(name: str) -> str:
-    return "" if name == "ai.onnx" else name
-
-
-def _bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
-    """The graphs in the attributes of these nodes."""
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield attribute.g
-            yield from attribute.graphs
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and all bodies in it, outer ones first."""
-    yield graph
-    for body in _bodies(graph.node):
-        yield from _graphs(body)
-
-
-def _initializer_names(graph: onnx.GraphProto) -> list[str]:
-    dense = [tensor.name for tensor in graph.initializer]
-    return dense + [tensor.values.name for tensor in graph.sparse_initializer]
-
-
-def _check_names(graph: onnx.GraphProto, outer: frozenset[str]) -> None:
-    """Each name is defined once, here and in all scopes around: gs ties equal names together."""
-    inputs = {value.name for value in graph.input}
-    names = [n for n in _initializer_names(graph) if n not in inputs]
-    names += [value.name for value in graph.input]
-    names += [name for node in graph.node for name in node.output if name]
-    defined: set[str] = set()
-    for name in names:
-        if name in defined:
+    for of_graph in _all_graphs(graph):
+        try:
+            of_graph.tensors(check_duplicates=True)
+        except OnnxGraphSurgeonException as error:
+            text = str(error).splitlines()
             raise InvalidModelError(
-                f"value '{name}' is defined twice in graph '{graph.name}': export the model again"
-            )
-        if name in outer:
-            raise InvalidModelError(
-                f"value '{name}' in the body '{graph.name}' hides one of the same name outside: "
-                "rename it"
-            )
-        defined.add(name)
-    for body in _bodies(graph.node):
-        _check_names(body, outer | defined)
+                f"two values of the edited graph share a name: {text[1] if text[1:] else text}"
+            ) from None
 
 
-def _sort(graph: onnx.GraphProto) -> None:
-    """Sort nodes by dependency (Kahn 1962), otherwise in the order that they have; bodies too."""
-    for body in _bodies(graph.node):
-        _sort(body)
-    producer = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
-    consumers: list[list[int]] = [[] for _ in graph.node]
-    waiting = [0] * len(graph.node)
-    for index, node in enumerate(graph.node):
-        sources = {producer[name] for name in _reads(node) if name in producer}
-        waiting[index] = len(sources)
-        for of_node in sources:
-            consumers[of_node].append(index)
-    ready = [index for index, count in enumerate(waiting) if not count]
-    order = []
-    while ready:
-        index = heapq.heappop(ready)
-        order.append(index)
-        for consumer in consumers[index]:
-            waiting[consumer] -= 1
-            if not waiting[consumer]:
-                heapq.heappush(ready, consumer)
-    if len(order) < len(waiting):
-        stuck = next(node for node, count in zip(graph.node, waiting, strict=True) if count)
-        raise InvalidModelError(
-            f"graph '{graph.name}' has a cycle at or before node '{stuck.name}' ({stuck.op_type})"
-        )
-    if order != sorted(order):
-        nodes = list(graph.node)
-        graph.ClearField("node")
-        graph.node.extend(nodes[index] for index in order)
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """The names that a node reads, those that its bodies capture included."""
-    yield from node.input
-    for graph in _bodies([node]):
-        for inner in graph.node:
-            yield from _reads(inner)
-        for output in graph.output:
-            yield output.name
-
-
-class _NodeNames:
-    """Unique names for the nodes that have none or share one."""
-
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self._given = [node.name for g in _graphs(graph) for node in g.node]
-        self._taken = set(self._given)
-        self._used: set[str] = set()
-        self._count = 0
-
-    def name(self, node: onnx.NodeProto) -> str:
-        """The node's own name the first time that it comes, a new one otherwise."""
-        name = node.name
-        while not name or name in self._used or (name != node.name and name in self._taken):
-            name = f"{node.name or node.op_type}__{self._count}"
-            self._count += 1
-        self._used.add(name)
-        return name
-
-
-def _strip(graph: onnx.GraphProto, names: _NodeNames) -> None:
-    """Take away what gs drops or crashes on; what is left is what it can edit."""
-    for node in graph.node:
-        node.name = names.name(node)
-        kept = [attribute for attribute in node.attribute if _is_editable(attribute)]
-        if len(kept) < len(node.attribute):
-            node.ClearField("attribute")
-            node.attribute.extend(kept)
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                _strip(attribute.g, names)
-    for values in (graph.input, graph.output, graph.value_info):
-        for value in values:
-            if not value.type.tensor_type.elem_type:
-                value.ClearField("type")
-
-
-def _is_editable(attribute: AttributeProto) -> bool:
-    """Whether gs reads this attribute and writes it again."""
-    kind = attribute.type
-    if attribute.ref_attr_name:
-        return False
-    if kind in (AttributeProto.STRING, AttributeProto.STRINGS):
-        texts = attribute.strings if kind == AttributeProto.STRINGS else [attribute.s]
-        return bool(texts) and all(map(_is_text, texts))
-    if kind in _LISTS:
-        return bool(getattr(attribute, _LISTS[kind]))
-    return kind == AttributeProto.GRAPH or kind in _SCALARS
-
-
-def _is_text(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-# Link
+def _restore_model(origin: onnx.ModelProto, model: onnx.ModelProto) -> None:
+    """Put the model's own fields back, but for those that an edit may change."""
+    functions = [*origin.functions, *model.functions]
+    edited = ["producer_name", "producer_version", "ir_version"]
+    kept = {name for name in edited if getattr(model, name) != getattr(origin, name)}
+    kept |= {"graph", "opset_import"}
+    for descriptor, _ in model.ListFields():
+        if descriptor.name not in kept:
+            model.ClearField(descriptor.name)
+    copy_fields(origin, model, {*kept, "functions"})
+    model.functions.extend(functions)
 
 
 def _link(
@@ -319,6 +160,9 @@ def _link(
                 body, of_body = node.attrs[attribute.name], attribute.g
                 own = [*of_body.initializer, *of_body.sparse_initializer]
                 tensors |= _link(surgery, body, of_body, own)
+            elif attribute.type == AttributeProto.TENSOR and attribute.name in node.attrs:
+                constant = node.attrs[attribute.name]
+                constant._values = _lazy(constant._values.tensor)
     tensors |= graph.tensors()
     for tensor in tensors.values():
         surgery._seen.setdefault(id(tensor), (tensor, _type(tensor)))
@@ -329,7 +173,7 @@ def _link(
             surgery._home[id(constant)] = (id(graph), position)
     frame = _Frame(graph, proto, initializers, tensors)
     surgery._frames[id(graph)] = frame
-    local = {*_initializer_names(proto), *(value.name for value in proto.input)}
+    local = {*initializer_names(proto), *(value.name for value in proto.input)}
     local |= {name for node in proto.node for name in node.output}
     return {name: tensor for name, tensor in tensors.items() if name not in local}
 
@@ -341,10 +185,19 @@ def _name(initializer: TensorProto | onnx.SparseTensorProto) -> str:
 
 
 def _lazy(initializer: TensorProto | onnx.SparseTensorProto) -> Any:
-    """Values that gs reads from the proto when they are asked for."""
+    """Values that are read from the proto when an edit asks for them, in their own type.
+
+    What gs itself reads is zeros or doubles for sparse tensors, and comes with printed warnings.
+    """
     from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
-    return (LazyValues if isinstance(initializer, TensorProto) else SparseValues)(initializer)
+    if isinstance(initializer, TensorProto):
+        values = LazyValues(initializer)
+        values.load = lambda: np.array(numpy_helper.to_array(initializer))
+    else:
+        values = SparseValues(initializer)
+        values.load = lambda: dense(initializer)
+    return values
 
 
 def _is_constant(tensor: Any) -> bool:
@@ -358,9 +211,6 @@ def _type(tensor: Any) -> Any:
     if _is_constant(tensor):
         return None
     return tensor.dtype, None if tensor.shape is None else tuple(tensor.shape)
-
-
-# Restore
 
 
 def _all_graphs(graph: Any) -> Iterator[Any]:
@@ -380,7 +230,7 @@ def _constants(graph: Any) -> Iterator[Any]:
 
 
 def _to_tensor(surgery: Surgery, constant: Any) -> TensorProto | onnx.SparseTensorProto:
-    """The initializer of a constant: the original by reference, or a new one where it was edited."""
+    """The initializer of a constant: the original itself, or a new one where it was edited."""
     values = constant._values
     if hasattr(values, "tensor"):
         original: TensorProto | onnx.SparseTensorProto = values.tensor
@@ -392,8 +242,6 @@ def _to_tensor(surgery: Surgery, constant: Any) -> TensorProto | onnx.SparseTens
         return renamed
     graph, position = surgery._home.get(id(constant), (0, 0))
     origin = surgery._frames[graph].initializers[position] if graph else None
-    if isinstance(origin, onnx.SparseTensorProto):  # gs reads all sparse values as double
-        values = values.astype(helper.tensor_dtype_to_np_dtype(origin.values.data_type))
     return _from_array(values, constant, origin if isinstance(origin, TensorProto) else None)
 
 
@@ -410,8 +258,8 @@ def _from_array(values: Any, constant: Any, origin: TensorProto | None) -> Tenso
     return tensor
 
 
-class _light:  # noqa: N801  # a context manager, used like a function
-    """Within: constants hold no values, so that gs copies none; arrays in attributes are tensors."""
+class _Light:
+    """Within: constants hold no values for gs to copy; arrays in attributes are tensors."""
 
     def __init__(self, graph: Any) -> None:
         self._graph = graph
@@ -449,7 +297,7 @@ def _restore_graph(
     _restore_initializers(frame, proto, [tensors[id(constant)] for constant in placed])
     _restore_values(surgery, graph, frame, proto, {id(c): tensors[id(c)] for c in placed})
     if frame is not None:
-        _copy_fields(frame.proto, proto, _GRAPH_FIELDS)
+        copy_fields(frame.proto, proto, _GRAPH_FIELDS)
     inner = outer | {id(constant) for constant in placed}
     for node, exported in zip(graph.nodes, proto.node, strict=True):
         for attribute in exported.attribute:
@@ -526,7 +374,7 @@ def _restore_values(
 
 
 def _origins(frame: _Frame | None, name: str) -> dict[int, onnx.ValueInfoProto]:
-    """The original types of a graph's inputs, outputs or values, by the identity of the gs tensor."""
+    """The original types of inputs, outputs or values, by the identity of the gs tensor."""
     if frame is None:
         return {}
     values = [v for v in getattr(frame.proto, name) if v.name in frame.tensors]
@@ -555,7 +403,7 @@ def _value_info(
         value.CopyFrom(origin)
         value.name = tensor.name
         return value
-    _copy_fields(origin, value, {"name", "type"})
+    copy_fields(origin, value, {"name", "type"})
     return value
 
 
@@ -590,7 +438,7 @@ def _restore_default_inputs(
     placed: dict[int, TensorProto | onnx.SparseTensorProto],
 ) -> None:
     """Inputs with an initializer (all initializers before IR version 4) at their old places."""
-    names = set(_initializer_names(proto))
+    names = set(initializer_names(proto))
     values = list(proto.input)
     for index, origin in enumerate(frame.proto.input if frame else ()):
         tensor = frame.tensors.get(origin.name, origin) if frame else origin
@@ -617,14 +465,14 @@ def _restore_node(surgery: Surgery, node: Any, exported: onnx.NodeProto) -> None
         exported.name = origin.name
         if not origin.HasField("name"):
             exported.ClearField("name")
-    _copy_fields(origin, exported, _NODE_FIELDS)
+    copy_fields(origin, exported, _NODE_FIELDS)
     if (node.op, node.domain or "") != (origin.op_type, origin.domain):
         return
     written = {attribute.name: attribute for attribute in exported.attribute}
     attributes = []
     for original in origin.attribute:
         present = written.pop(original.name, None)
-        if present is None and not _is_editable(original):
+        if present is None and not is_editable(original):
             attributes.append(original)
         elif present is not None:
             if original.HasField("doc_string"):
