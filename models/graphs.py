@@ -206,6 +206,11 @@ def to_inference(build: Builder, trained: onnx.ModelProto, seed: int = 0) -> onn
     return model
 
 
+def has_norm(model: onnx.ModelProto) -> bool:
+    """Whether a model has BatchNormalization nodes."""
+    return any(node.op_type == "BatchNormalization" for node in model.graph.node)
+
+
 def fold(model: onnx.ModelProto) -> onnx.ModelProto:
     """The folded twin: each BatchNormalization behind a Conv becomes that Conv's scale and bias.
 
