@@ -17,7 +17,13 @@ import onnx
 from onnx import TensorProto, helper, inliner, numpy_helper, version_converter
 
 from onnxprune.errors import TrainingError
-from onnxprune.training import rules_conv, rules_math, rules_norm, rules_shape  # noqa: F401
+from onnxprune.training import (  # noqa: F401
+    rules_conv,
+    rules_math,
+    rules_norm,
+    rules_recurrent,
+    rules_shape,
+)
 from onnxprune.training.draft import (
     FLOATS,
     OPSET,
@@ -150,6 +156,7 @@ def legalise(model: onnx.ModelProto) -> TrainingGraph:
         )
     for name in frozen.keys() & draft.parameters.keys():
         draft.constants[name] = draft.parameters.pop(name)
+    _separate(draft)
     return TrainingGraph(draft, trained, frozen)
 
 
@@ -342,6 +349,41 @@ def _rewrite(draft: Draft) -> dict[str, str]:
         fold_constants(draft)
     infer(draft)
     return reasons
+
+
+def _separate(draft: Draft) -> None:
+    """Give each Concat and LayerNormalization untrained inputs of its own.
+
+    The builder names gradients after their tensors, makes those of these operators' inputs whether
+    they are needed or not, and sums only the needed ones: two would have one name.
+    """
+    needed = _on_path_tensors(draft)
+    nodes: list[onnx.NodeProto] = []
+    for node in draft.nodes:
+        if node.op_type in ("Concat", "LayerNormalization") and any(
+            o in needed for o in node.output
+        ):
+            for index, name in enumerate(node.input):
+                if not name or name in needed or not _is_float(draft, name):
+                    continue
+                if name in draft.constants:
+                    node.input[index] = draft.constant(draft.constants[name])
+                else:
+                    copy = draft.name("separate")
+                    nodes.append(helper.make_node("Identity", [name], [copy], name=copy))
+                    node.input[index] = copy
+        nodes.append(node)
+    draft.nodes = nodes
+    infer(draft)
+
+
+def _on_path_tensors(draft: Draft) -> set[str]:
+    """Float tensors that depend on a parameter."""
+    reached = set(draft.parameters)
+    for node in draft.nodes:
+        if any(name in reached for name in _read(node)):
+            reached |= {o for o in node.output if o and _is_float(draft, o)}
+    return reached
 
 
 def _absorb_constants(draft: Draft) -> None:

@@ -98,28 +98,34 @@ class Engine:
             self.params *= self.mask
         return loss, norm
 
-    def probe(self, feeds: wire.Arrays, seed: int, steps: list[float]) -> dict[str, Any]:
-        """The derivative along a random direction.
+    def probe(self, feeds: wire.Arrays, size: float, seed: int | None) -> dict[str, Any]:
+        """The derivative of the loss in one direction, by its gradient and by a central difference.
 
-        By gradients and by central differences of each step size.
+        The direction is random, each tensor scaled to its values; without a seed the gradient.
         """
         loss = self.run(feeds)
+        direction = self._direction(seed)
+        slope = float(np.dot(self.grads.astype(np.float64), direction.astype(np.float64)))
+        start, ends = self.params.copy(), []
+        for sign in (1, -1):
+            np.multiply(direction, np.float32(sign * size), out=self.params)
+            self.params += start
+            ends.append(self.run(feeds))
+        self.params[...] = start
+        return {"loss": loss, "slope": slope, "difference": (ends[0] - ends[1]) / (2 * size)}
+
+    def _direction(self, seed: int | None) -> Any:
+        weight = float(np.sqrt(np.mean(np.square(self.params)))) or 1e-2
+        if seed is None:
+            norm = float(np.sqrt(np.mean(np.square(self.grads)))) or 1.0
+            return self.grads * np.float32(weight / norm)
         direction = np.zeros_like(self.params)
         rng = np.random.default_rng(seed)
         for name in self.layout:
             value = self.view(self.params, name)
             scale = float(np.sqrt(np.mean(np.square(value)))) or 1e-2
             self.view(direction, name)[...] = scale * rng.standard_normal(value.shape)
-        slope = float(np.dot(self.grads.astype(np.float64), direction.astype(np.float64)))
-        start, differences = self.params.copy(), []
-        for size in steps:
-            ends = []
-            for sign in (1, -1):
-                self.params[...] = start + np.float32(sign * size) * direction
-                ends.append(self.run(feeds))
-            differences.append((ends[0] - ends[1]) / (2 * size))
-        self.params[...] = start
-        return {"loss": loss, "slope": slope, "differences": differences}
+        return direction
 
     def state(self) -> tuple[wire.Header, wire.Arrays]:
         """All that a continuation needs."""
@@ -172,22 +178,33 @@ def _optimizer(options: dict[str, Any], size: int) -> Any:
 def _session(model: bytes, trained: list[str], threads: int) -> Any:
     """Build the gradient graph of `loss` and load it."""
     import onnxruntime
-    from onnxruntime.capi import _pybind_state as binding
 
     onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    names = set(trained)
+    gradient = _gradient_graph(model, set(trained), options)
+    return onnxruntime.InferenceSession(gradient, options, ["CPUExecutionProvider"])
+
+
+def _gradient_graph(model: bytes, trained: set[str], options: Any) -> bytes:
+    """The gradient graph of the optimized model, or of the model where that fails."""
+    from onnxruntime.capi import _pybind_state as binding
+
     try:
-        forward = binding.get_optimized_model(model, names, options)
-    except RuntimeError:  # some of its fusions fail on graphs that are right
+        return _built(binding.get_optimized_model(model, trained, options), trained, options)
+    except RuntimeError:
         traceback.print_exc()
-        forward = model
-    builder = binding.GradientGraphBuilder(forward, {"loss"}, names, "loss", options)
+        return _built(model, trained, options)
+
+
+def _built(model: bytes, trained: set[str], options: Any) -> bytes:
+    from onnxruntime.capi import _pybind_state as binding
+
+    builder = binding.GradientGraphBuilder(model, {"loss"}, trained, "loss", options)
     builder.build()
-    return onnxruntime.InferenceSession(builder.get_model(), options, ["CPUExecutionProvider"])
+    return bytes(builder.get_model())
 
 
 class Server:
@@ -229,7 +246,7 @@ class Server:
         if op == "grads":
             return {"loss": engine.run(arrays)}, engine.values(engine.grads)
         if op == "probe":
-            return engine.probe(arrays, head["seed"], head["steps"]), {}
+            return engine.probe(arrays, head["size"], head["seed"]), {}
         if op == "values":
             buffers = {"buffer:" + n: a for n, a in engine.buffers.items()}
             return {}, {**engine.values(engine.params), **buffers}
