@@ -95,7 +95,9 @@ def _first_line(error: Exception) -> str:
     text = " ".join(str(error).split())
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"/\S+\.(?:cc|h):\d+ ", "", text)
-    place = r"Non-zero status code returned while running (\w+) node\. Name:'(.*?)' Status Message: "
+    place = (
+        r"Non-zero status code returned while running (\w+) node\. Name:'(.*?)' Status Message: "
+    )
     text = re.sub(place, r"node '\2' (\1): ", text)
     text = re.sub(r"(?<=: )\S* ?\S+::.*? was false\. ", "", text)
     return text or type(error).__name__
@@ -146,7 +148,7 @@ def _check_feeds(session: InferenceSession, feeds: Mapping[str, NDArray[Any]]) -
 
 
 def _prepared(
-    session: InferenceSession, feeds: Mapping[str, NDArray[Any]], names: Sequence[str]
+    session: InferenceSession, feeds: Mapping[str, Any], names: Sequence[str]
 ) -> Callable[[], list[Any]]:
     """A call that runs the session; values of types that numpy lacks pass as OrtValues."""
     types = [value.type for value in (*session.get_inputs(), *session.get_outputs())]

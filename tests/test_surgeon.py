@@ -426,3 +426,23 @@ def test_edits_that_would_go_wrong_are_refused() -> None:
     second.inputs[0] = gs.Variable("x")
     with pytest.raises(InvalidModelError, match=r"two values of the edited graph share"):
         export_graph(surgery)
+
+
+def test_bodies_and_functions_added_by_an_edit() -> None:
+    """Initializers that only new bodies use go into those; new functions are written."""
+    surgery = import_graph(model(CHAIN, w=W))
+    graph = surgery.graph
+    bodies = []
+    for name, value in (("then", 5), ("else", 7)):
+        out = gs.Variable(f"{name}_out", np.float32, [2, 4])
+        constant = gs.Constant(f"{name}_c", np.full(4, value, F))
+        node = gs.Node("Add", name, inputs=[graph.outputs[0], constant], outputs=[out])
+        bodies.append(gs.Graph(nodes=[node], outputs=[out], name=name, opset=17))
+    test, result = gs.Constant("test", np.array(False)), gs.Variable("r", np.float32, [2, 4])
+    attributes = {"then_branch": bodies[0], "else_branch": bodies[1]}
+    graph.nodes.insert(0, gs.Node("If", "if", attributes, inputs=[test], outputs=[result]))
+    graph.outputs = [result]
+    exported = export_graph(surgery)
+    assert [tensor.name for tensor in exported.graph.initializer] == ["w", "test"]
+    x = np.ones((2, 3), F)
+    np.testing.assert_array_equal(outputs(exported, {"x": x})[0], x @ W + 7)
