@@ -47,6 +47,14 @@ class Contraction:
 
 
 @dataclass(frozen=True, eq=False)
+class Statistic:
+    """Node `node` computes something over `labels` in which a zero counts: a mean, a maximum, a softmax."""
+
+    node: int
+    labels: Labels
+
+
+@dataclass(frozen=True, eq=False)
 class Shuffle:
     """A chain from `source` to `target` that permutes one axis: removable indices need not be a product of factors,
     because the chain can be replaced by a Gather."""
@@ -81,6 +89,7 @@ class Coupling:
     constants: Mapping[str, Mapping[Use, Layout]]
     layers: tuple[Layer, ...]
     contractions: tuple[Contraction, ...]
+    statistics: tuple[Statistic, ...]
     products: tuple[tuple[int, Labels], ...]
     shuffles: tuple[Shuffle, ...]
     lengths: Mapping[str, Lengths]
@@ -103,6 +112,7 @@ class Interpreter:
     aliases: dict[str, str] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
+    statistics: list[Statistic] = field(default_factory=list)
     products: list[tuple[int, Labels]] = field(default_factory=list)
     shuffles: list[Shuffle] = field(default_factory=list)
     lengths: dict[str, Lengths] = field(default_factory=dict)
@@ -244,6 +254,7 @@ class Interpreter:
         """Removing these labels is another function than zeroing them, because of `words`."""
         if labels is not None:
             self.system.inexact(labels, node.index, words)
+            self.statistics.append(Statistic(node.index, labels))
 
     def prefer(self, labels: Labels | None) -> None:
         """Where a product axis must choose one of its factors, choose the one with these labels."""
@@ -347,6 +358,7 @@ def couple(graph: Graph, shapes: Shapes, *, granularity: str = "head") -> Coupli
         constants=constants,
         layers=tuple(state.layers),
         contractions=tuple(state.contractions),
+        statistics=tuple(state.statistics),
         products=tuple(state.products),
         shuffles=tuple(state.shuffles),
         lengths=state.lengths,

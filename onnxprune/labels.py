@@ -137,13 +137,15 @@ class System:
     def solve(self) -> Solution:
         """Choose a factor for every product axis, and number the units."""
         pending = list(self.factors)
-        for certain in (True, False):
+        for stage in ("certain", "voted", "any"):
+            if not pending:
+                break
             parts = _components(self.size, self._edges)
             frozen = self._first_reasons(parts)
             votes = self._count_votes(parts)
             later = []
             for factor in pending:
-                choice = _choose(factor, parts, frozen, votes, certain)
+                choice = _choose(factor, parts, frozen, votes, stage)
                 if choice is None:
                     later.append(factor)
                 else:
@@ -205,9 +207,13 @@ def _components(size: int, edges: Sequence[tuple[Labels, Labels]]) -> Labels:
 
 
 def _choose(
-    factor: Factor, parts: Labels, frozen: Labels, votes: Labels, certain: bool
+    factor: Factor, parts: Labels, frozen: Labels, votes: Labels, stage: str
 ) -> int | None:
-    """The axis of `factor` to prune along; None where that is open and only certain choices are wanted."""
+    """The axis of `factor` to prune along; None where that should wait for other decisions.
+
+    Those without an alternative come first, then those for which an operator has spoken: what they tie may leave the rest
+    no choice.
+    """
     scores = []
     components = np.where(factor.labels > 0, parts[factor.labels], -1)
     dead = (components < 0) | (frozen[components] > 0)
@@ -217,10 +223,9 @@ def _choose(
         own_parts = parts[np.maximum(own, 0)]
         alive = ~row_dead & (own > 0) & (frozen[own_parts] == 0)
         units = np.unique(rows[alive].min(axis=1)).size
-        voted = int(votes[own_parts[alive]].max(initial=0))
-        scores.append((units > 1, voted, units))
-    able = [i for i, s in enumerate(scores) if s[0]]
-    if certain and len(able) > 1:
+        scores.append((units > 1, int(votes[own_parts[alive]].max(initial=0)), units))
+    able = [s for s in scores if s[0]]
+    if len(able) > 1 and (stage == "certain" or (stage == "voted" and not any(s[1] for s in able))):
         return None
     return max(range(len(scores)), key=lambda i: (scores[i], -i))
 

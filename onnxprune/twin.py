@@ -1,61 +1,137 @@
 """The masked twin: the original model with zeros where channels will be removed.
 
-For groups that are removed exactly, pruned(x) == twin(x) up to float rounding, on every input. The twin is made from the
-original weights by masks alone, so it shares no slicing and no rewritten shape with the pruned model.
+pruned(x) == twin(x) up to float rounding, on every input. Contractions see zeros. A node that averages, compares or
+normalizes over removed channels sees only those that stay, and zeros are put back behind it, so that groups through
+LayerNormalization and channel means are verified as well. The twin is made from the original weights: it shares no slicing
+and no rewritten shape with the pruned model.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxprune.coupling import Contraction, Coupling
+from onnxprune.coupling import Coupling
+from onnxprune.graph import Node
+from onnxprune.labels import Labels, Layout
 from onnxprune.rewriting import Mask, Rewriter
 
 
+@dataclass
+class _Twin:
+    coupling: Coupling
+    rewriter: Rewriter
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    tensors: list[onnx.TensorProto] = field(default_factory=list)
+
+    def constant(self, name: str, value: np.ndarray) -> str:
+        self.tensors.append(numpy_helper.from_array(value, name))
+        return name
+
+    def node(self, op_type: str, inputs: list[str], output: str, **attributes: object) -> str:
+        self.nodes.append(helper.make_node(op_type, inputs, [output], name=output, **attributes))
+        return output
+
+
 def masked_twin(coupling: Coupling, keep: Mask) -> onnx.ModelProto:
-    """The original model with each contraction blind to what `keep` removes."""
-    rewriter = Rewriter(coupling, keep)
-    source = coupling.graph.model
-    model = onnx.ModelProto()
-    model.CopyFrom(source)
-    del model.graph.value_info[:]
-    masks: dict[tuple[int, int], list[Contraction]] = {}
-    for contraction in coupling.contractions:
-        if not rewriter.mask(contraction.labels).all():
-            masks.setdefault((contraction.node, contraction.slot), []).append(contraction)
-    nodes = [onnx.NodeProto() for _ in coupling.graph.nodes]
-    for copy, node in zip(nodes, coupling.graph.nodes, strict=True):
+    """The original model, blind to what `keep` removes."""
+    twin = _Twin(coupling, Rewriter(coupling, keep))
+    masks: dict[tuple[int, int], dict[int, Mask]] = {}
+    for c in coupling.contractions:
+        mask = twin.rewriter.mask(c.labels)
+        if not mask.all():
+            masks.setdefault((c.node, c.slot), {})[c.axis] = mask
+    compact = {
+        s.node for s in coupling.statistics if not twin.rewriter.mask(s.labels).all()
+    }
+    for node in coupling.graph.nodes:
+        copy = onnx.NodeProto()
         copy.CopyFrom(node.proto)
-    del model.graph.node[:]
-    for node, copy in zip(coupling.graph.nodes, nodes, strict=True):
+        if node.index in compact:
+            _compact(twin, node, copy)
+            continue
         for slot in range(len(node.inputs)):
             if (node.index, slot) in masks:
-                name = f"{node.index}.{slot}.masked"
-                _add_mask(model, coupling, rewriter, masks[node.index, slot], name)
+                copy.input[slot] = _masked(twin, node, slot, masks[node.index, slot])
+        twin.nodes.append(copy)
+    return _model(twin)
+
+
+def _masked(twin: _Twin, node: Node, slot: int, masks: dict[int, Mask]) -> str:
+    """input * mask, for the masks of all contracted axes of one input."""
+    source = node.inputs[slot]
+    rank = len(twin.rewriter.dims(node, slot))
+    kind = twin.coupling.shapes.types.get(source, TensorProto.FLOAT)
+    whole = np.ones((1,) * rank, bool)
+    for axis, mask in masks.items():
+        whole = whole & mask.reshape([-1 if a == axis else 1 for a in range(rank)])
+    name = f"{node.index}.{slot}.masked"
+    values = whole.astype(helper.tensor_dtype_to_np_dtype(kind))
+    return twin.node("Mul", [source, twin.constant(f"{name}.mask", values)], name)
+
+
+def _compact(twin: _Twin, node: Node, copy: onnx.NodeProto) -> None:
+    """Run the node on what stays, and put zeros back where channels were removed."""
+    for slot, name in enumerate(node.inputs):
+        if name:
+            for axis, mask in _cuts(twin, twin.rewriter.layout(node, slot)):
+                index = twin.constant(f"{node.index}.{slot}.{axis}.kept", np.flatnonzero(mask))
+                name = f"{node.index}.{slot}.{axis}.compact"
+                twin.node("Gather", [copy.input[slot], index], name, axis=axis)
                 copy.input[slot] = name
-        model.graph.node.append(copy)
+    twin.nodes.append(copy)
+    for i, name in enumerate(node.outputs):
+        cuts = _cuts(twin, twin.coupling.layouts.get(name, ()))
+        if cuts:
+            inner = copy.output[i] = f"{node.index}.{i}.inner"
+            for axis, mask in cuts[:-1]:
+                inner = _spread(twin, node, inner, f"{inner}.{axis}", axis, mask, i)
+            _spread(twin, node, inner, name, *cuts[-1], i)
+
+
+def _cuts(twin: _Twin, layout: Layout) -> list[tuple[int, Mask]]:
+    """The axes of which something is removed, and what stays."""
+    found: list[tuple[int, Labels]] = []
+    for block in layout:
+        if block.joint:
+            found += list(twin.coupling.settled[id(block)][1].items())
+        else:
+            found.append((block.axes[0], block.labels))
+    masks = ((axis, twin.rewriter.mask(labels)) for axis, labels in found)
+    return [(axis, mask) for axis, mask in masks if not mask.all()]
+
+
+def _spread(
+    twin: _Twin, node: Node, source: str, target: str, axis: int, mask: Mask, index: int
+) -> str:
+    """Indices of `source` go back to their places along `axis`; zeros fill the rest."""
+    rank = len(twin.rewriter.out_dims(node, index))
+    pads = np.zeros(2 * rank, np.int64)
+    pads[rank + axis] = 1
+    padded = f"{target}.padded"
+    if twin.coupling.graph.opset < 11:
+        twin.node("Pad", [source], padded, pads=pads.tolist())
+    else:
+        twin.node("Pad", [source, twin.constant(f"{padded}.pads", pads)], padded)
+    place = np.where(mask, np.cumsum(mask) - 1, mask.sum()).astype(np.int64)
+    twin.node("Gather", [padded, twin.constant(f"{padded}.place", place)], target, axis=axis)
+    return target
+
+
+def _model(twin: _Twin) -> onnx.ModelProto:
+    source = twin.coupling.graph.model
+    model = onnx.ModelProto(ir_version=source.ir_version)
+    model.opset_import.extend(source.opset_import)
+    model.functions.extend(source.functions)
+    graph = model.graph
+    graph.name = source.graph.name or "graph"
+    graph.node.extend(twin.nodes)
+    graph.initializer.extend(source.graph.initializer)
+    graph.initializer.extend(twin.tensors)
+    graph.sparse_initializer.extend(source.graph.sparse_initializer)
+    graph.input.extend(source.graph.input)
+    graph.output.extend(source.graph.output)
     return model
-
-
-def _add_mask(
-    model: onnx.ModelProto,
-    coupling: Coupling,
-    rewriter: Rewriter,
-    contractions: list[Contraction],
-    name: str,
-) -> None:
-    """Append name = input * mask for the masks of all contracted axes of one input."""
-    first = contractions[0]
-    source = coupling.graph.nodes[first.node].inputs[first.slot]
-    rank = len(coupling.shapes.dims(source) or ())
-    kind = coupling.shapes.types.get(source, TensorProto.FLOAT)
-    mask = np.ones((1,) * rank, bool)
-    for c in contractions:
-        shape = [1] * rank
-        shape[c.axis] = c.labels.size
-        mask = mask & rewriter.mask(c.labels).reshape(shape)
-    values = mask.astype(helper.tensor_dtype_to_np_dtype(kind))
-    model.graph.initializer.append(numpy_helper.from_array(values, f"{name}.mask"))
-    model.graph.node.append(helper.make_node("Mul", [source, f"{name}.mask"], [name], name=name))
