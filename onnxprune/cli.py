@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,7 +75,12 @@ ScopeOption = Annotated[
     ),
 ]
 Criterion = Annotated[
-    str, typer.Option(help="How channels are ranked.", rich_help_panel=CHOICE, metavar="NAME")
+    str,
+    typer.Option(
+        help="How channels are ranked: l1, l2, bn-scale, fpgm, lamp, random.",
+        rich_help_panel=CHOICE,
+        metavar="NAME",
+    ),
 ]
 RoundTo = Annotated[
     int,
@@ -87,7 +92,7 @@ MinKeep = Annotated[
 Keep = Annotated[
     list[str] | None,
     typer.Option(
-        help="Never touch what this glob pattern names; repeatable.",
+        help="Never touch the nodes and weights that this pattern (as in *.fc?) names; repeatable.",
         rich_help_panel=CHOICE,
         metavar="PATTERN",
     ),
@@ -116,7 +121,8 @@ Finetune = Annotated[
 MaxDrop = Annotated[
     float | None,
     typer.Option(
-        help="Largest loss of the metric, in points (1 is one in a hundred samples).",
+        help="Largest loss of accuracy, or without labels of agreement with the original, in "
+        "points (1 is 0.01).",
         rich_help_panel=DATA,
     ),
 ]
@@ -138,7 +144,8 @@ Quiet = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with.", min=1)]
 Tolerance = Annotated[
-    float | None, typer.Option(help="Largest error, relative to the largest output.")
+    float | None,
+    typer.Option(help="Largest error, relative to the largest output; without it, only reported."),
 ]
 Why = Annotated[
     bool, typer.Option("--why", help="List every frozen axis, what froze it, and what that costs.")
@@ -193,15 +200,16 @@ def prune(
     from onnxprune.report.outputs import Outputs
     from onnxprune.report.progress import progress
 
-    budget = _budget({"channels": channels, "macs": macs, "params": params, "size-mb": size_mb})
-    _check_ranges(round_to, min_keep, finetune, max_drop, data or val)
-    if finetune and data is None:
-        raise InvalidRecipeError("--finetune needs training data: add --data SRC")
+    if max_drop is not None:
+        _check_promise(max_drop, data or val, no_check)
     outputs = Outputs(target, plan, report)
     with progress(quiet) as listener:
         result = onnxprune.prune(
             source,
-            **budget,
+            channels=channels,
+            macs=macs,
+            params=params,
+            size_mb=size_mb,
             scope=scope.value,
             criterion=criterion,
             round_to=round_to,
@@ -274,9 +282,8 @@ def check(
 
     if tolerance is not None and not tolerance >= 0:
         raise InvalidRecipeError(f"--tolerance {tolerance:g}: must not be negative")
-    options = {} if tolerance is None else {"tolerance": tolerance}
     outcome = onnxprune.check(
-        reference, candidate, data=data, seed=seed, threads=threads, **options
+        reference, candidate, data=data, tolerance=tolerance, seed=seed, threads=threads
     )
     show_check(stdout_console(), outcome)
     return FINE if outcome.passed else FAILED
@@ -358,46 +365,18 @@ def _version() -> str:
     return version("onnxprune")
 
 
-def _budget(values: Mapping[str, float | None]) -> dict[str, float]:
-    """The one budget that was given, under the library's name for it.
+def _check_promise(max_drop: float, data: str | None, no_check: bool) -> None:
+    """Refuse a promise that could not be checked.
 
     Raises:
-        InvalidRecipeError: none or several were given, or its value is out of range.
+        InvalidRecipeError: says what is missing.
     """
-    given = {name: value for name, value in values.items() if value is not None}
-    if len(given) != 1:
-        wanted = ", ".join(f"--{name}" for name in values)
-        found = " and ".join(f"--{name}" for name in given) or "none"
-        raise InvalidRecipeError(f"give exactly one budget of {wanted}; found {found}")
-    [(name, value)] = given.items()
-    if name == "size-mb":
-        if not 0 < value < float("inf"):
-            raise InvalidRecipeError(f"--size-mb {value:g}: must be above 0")
-    elif not 0 < value <= 1:
-        raise InvalidRecipeError(
-            f"--{name} {value:g}: must be in (0, 1], the share to keep: 0.5 keeps half"
-        )
-    return {name.replace("-", "_"): value}
-
-
-def _check_ranges(
-    round_to: int, min_keep: float, finetune: int, max_drop: float | None, data: str | None
-) -> None:
-    """Refuse numbers that mean nothing.
-
-    Raises:
-        InvalidRecipeError: names the option, its value and the range.
-    """
-    if round_to < 1:
-        raise InvalidRecipeError(f"--round-to {round_to}: must be 1 or more")
-    if not 0 <= min_keep <= 1:
-        raise InvalidRecipeError(f"--min-keep {min_keep:g}: must be in [0, 1]")
-    if finetune < 0:
-        raise InvalidRecipeError(f"--finetune {finetune}: must be 0 or more epochs")
-    if max_drop is not None and not 0 <= max_drop <= 100:
+    if not 0 <= max_drop <= 100:
         raise InvalidRecipeError(f"--max-drop {max_drop:g}: must be in [0, 100] points")
-    if max_drop is not None and data is None:
+    if data is None:
         raise InvalidRecipeError("--max-drop needs data to measure with: add --val SRC")
+    if no_check:
+        raise InvalidRecipeError("--max-drop needs the checks: leave out --no-check")
 
 
 def _finish(result: Result, outputs: Outputs, *, layers: bool) -> int:

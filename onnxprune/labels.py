@@ -206,9 +206,7 @@ def _components(size: int, edges: Sequence[tuple[Labels, Labels]]) -> Labels:
     return connected_components(graph, directed=False)[1].astype(np.int32)
 
 
-def _choose(
-    factor: Factor, parts: Labels, frozen: Labels, votes: Labels, stage: str
-) -> int | None:
+def _choose(factor: Factor, parts: Labels, frozen: Labels, votes: Labels, stage: str) -> int | None:
     """The axis of `factor` to prune along; None where that should wait for other decisions.
 
     Those without an alternative come first, then those for which an operator has spoken: what they tie may leave the rest

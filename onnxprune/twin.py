@@ -44,9 +44,7 @@ def masked_twin(coupling: Coupling, keep: Mask) -> onnx.ModelProto:
         mask = twin.rewriter.mask(c.labels)
         if not mask.all():
             masks.setdefault((c.node, c.slot), {})[c.axis] = mask
-    compact = {
-        s.node for s in coupling.statistics if not twin.rewriter.mask(s.labels).all()
-    }
+    compact = {s.node for s in coupling.statistics if not twin.rewriter.mask(s.labels).all()}
     for node in coupling.graph.nodes:
         copy = onnx.NodeProto()
         copy.CopyFrom(node.proto)

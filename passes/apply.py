@@ -15,6 +15,7 @@ from onnxprune.coupling import Coupling
 from onnxprune.graph import Constant
 from onnxprune.labels import Layout
 from onnxprune.ops import REWRITES
+from onnxprune.plan import Slice
 from onnxprune.rewriting import Edits, Mask, Rewriter
 
 Array = NDArray[Any]
@@ -22,22 +23,11 @@ Cuts = dict[int, Mask]
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Initializer `name` of the result: `source` of the input with only `keep[axis]` indices."""
-
-    name: str
-    source: str
-    shape_before: tuple[int, ...]
-    shape_after: tuple[int, ...]
-    keep: Mapping[int, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
 class Applied:
     """The pruned model and where each changed weight came from."""
 
     model: onnx.ModelProto
-    slices: tuple[Slice, ...]
+    slices: Mapping[str, Slice]
 
 
 @dataclass
@@ -48,7 +38,7 @@ class _State:
     tensors: dict[str, onnx.TensorProto] = field(default_factory=dict)
     added: list[onnx.TensorProto] = field(default_factory=list)
     inputs: dict[tuple[int, int], str] = field(default_factory=dict)
-    slices: list[Slice] = field(default_factory=list)
+    slices: dict[str, Slice] = field(default_factory=dict)
 
     def name(self, wish: str) -> str:
         """A tensor name that is not taken yet."""
@@ -77,7 +67,7 @@ def apply_keep(coupling: Coupling, keep: Mask) -> Applied:
         if rewrite is not None:
             rewrite(node, rewriter)
     _place_operands(state, rewriter.edits)
-    return Applied(_assemble(state, rewriter.edits), tuple(state.slices))
+    return Applied(_assemble(state, rewriter.edits), state.slices)
 
 
 def _cuts(rewriter: Rewriter, layout: Layout) -> Cuts:
@@ -114,8 +104,8 @@ def _slice_constant(state: _State, constant: Constant) -> None:
             name = state.name(f"{constant.name}_pruned")
             state.added.append(_tensor(array, constant, name))
             state.inputs.update((use, name) for use in uses)
-        keep = {a: tuple(np.flatnonzero(m).tolist()) for a, m in cuts.items()}
-        state.slices.append(Slice(name, constant.name, constant.dims, array.shape, keep))
+        keep = {str(a): tuple(np.flatnonzero(m).tolist()) for a, m in cuts.items()}
+        state.slices[name] = Slice(constant.name, constant.dims, array.shape, keep)
 
 
 def _other_uses(state: _State, name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -41,9 +42,11 @@ from onnxprune.training.teacher import Teacher
 
 Array = NDArray[Any]
 Augment = Callable[[Batch, np.random.Generator], Batch]
+BatchNormMode = Literal["frozen", "batch"]
 OptimizerName = Literal["adamw", "sgd"]
 RATES: Mapping[str, float] = {"adamw": 1e-3, "sgd": 0.05}
 CHECK_SAMPLES = 8
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class FinetuneResult:
     frozen: Mapping[str, str]
     steps: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,9 @@ class Finetune:
         resume: continue from `checkpoint` if that file exists.
         augment: changes each training batch, given a generator.
         masked: keep weights at zero that are zero at the start.
+        batchnorm: "frozen": BatchNormalization acts as in inference; "batch": it normalizes by the
+            statistics of the batch, and running ones are collected, as in training from scratch.
+        bn_momentum: share of the old running statistics that a batch keeps.
     """
 
     name: ClassVar[str] = "finetune"
@@ -122,6 +129,8 @@ class Finetune:
     resume: bool = False
     augment: Augment | None = None
     masked: bool = False
+    batchnorm: BatchNormMode = "frozen"
+    bn_momentum: float = 0.9
 
     def __post_init__(self) -> None:
         """Refuse options that make no sense."""
@@ -136,6 +145,8 @@ class Finetune:
             "clip": self.clip >= 0,
             "batch_size": self.batch_size >= 1,
             "optimizer": self.optimizer in RATES,
+            "batchnorm": self.batchnorm in ("frozen", "batch"),
+            "bn_momentum": 0 <= self.bn_momentum < 1,
             "patience": self.patience is None or self.patience >= 1,
             "resume": not self.resume or self.checkpoint is not None,
         }
@@ -163,9 +174,8 @@ class Finetune:
         """
         listener = progress or Silent()
         place = ensure_training(listener)
-        graph = legalise(student)
         with Worker(place) as worker:
-            return _Run(self, student, teacher, data, val, listener, graph, worker).result()
+            return _Run(self, student, teacher, data, val, listener, worker).result()
 
 
 class _Run:
@@ -179,11 +189,11 @@ class _Run:
         data: Dataset,
         val: Dataset | None,
         progress: Progress,
-        graph: TrainingGraph,
         worker: Worker,
     ) -> None:
         self.options, self.student, self.teacher_model = options, student, teacher
-        self.data, self.val, self.progress, self.graph = data, val, progress, graph
+        self.data, self.val, self.progress = data, val, progress
+        self.notes: list[str] = []
         self.threads = options.threads or os.cpu_count() or 1
         first = next(iter(data.batches(options.batch_size)), None)
         if first is None:
@@ -191,11 +201,14 @@ class _Run:
         rows = _rows(first)
         self.parts = max(1, options.batch_size // rows)
         self.steps_per_epoch = _count_steps(data, options.batch_size, rows, self.parts)
+        self.graph = _differentiable(student, first)
         self.objective = self._plan(first)
         self.teacher = self._make_teacher()
-        append_loss(graph.draft, self.objective)
+        append_loss(self.graph.draft, self.objective)
         self.trainer = self._make_trainer(worker)
         self._check(first)
+        if options.batchnorm == "batch":
+            self._use_batch_statistics(first, worker)
         self.history: list[Epoch] = []
         self.best_score = -math.inf
         self.best_epoch = 0
@@ -249,7 +262,19 @@ class _Run:
         feeds = self._feeds(batch, 1)
         session = runtime.session(self.student, threads=self.threads)
         expected = loss_value(self.objective, runtime.run(session, batch.feeds), feeds)
-        self.trainer.check(feeds, expected, seed=self.options.seed)
+        self._note(self.trainer.check(feeds, expected, seed=self.options.seed))
+
+    def _use_batch_statistics(self, first: Batch, worker: Worker) -> None:
+        """Train another form of the graph than the one that has been compared with inference."""
+        self.graph = _differentiable(self.student, first, momentum=self.options.bn_momentum)
+        append_loss(self.graph.draft, self.objective)
+        self.trainer = self._make_trainer(worker)
+        self._note(self.trainer.check(self._feeds(first, 1), None, seed=self.options.seed))
+
+    def _note(self, text: str | None) -> None:
+        if text is not None:
+            self.notes.append(text)
+            _log.warning("finetune: %s", text)
 
     def _feeds(self, batch: Batch, parts: int) -> dict[str, Array]:
         """All inputs of the training graph, for a batch that is one of `parts` parts of a step."""
@@ -405,7 +430,20 @@ class _Run:
             frozen=self.graph.frozen,
             steps=self.done_steps,
             seconds=seconds,
+            notes=tuple(self.notes),
         )
+
+
+def _differentiable(
+    student: onnx.ModelProto, first: Batch, *, momentum: float | None = None
+) -> TrainingGraph:
+    """The training copy, with the sizes of the data fixed where that lets more weights train."""
+    graph = legalise(student, momentum=momentum)
+    if not any("not fixed" in reason for reason in graph.frozen.values()):
+        return graph
+    sizes = {name: array.shape for name, array in first.feeds.items()}
+    fixed = legalise(student, sizes=sizes, momentum=momentum)
+    return fixed if len(fixed.frozen) < len(graph.frozen) else graph
 
 
 def _score(metrics: Mapping[str, float], epoch: int) -> float:

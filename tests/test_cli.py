@@ -44,7 +44,10 @@ REPORT = Report(
     budget={"channels": 0.8},
     options={"criterion": "l2"},
     checks=(CHECK,),
-    rebuild=({"pass": "finetune", "epochs": 2, "loss": 0.03125},),
+    rebuild=(
+        {"step": "pruned", "accuracy": 0.4375, "agreement": 0.44, "mse": 1.5},
+        {"step": "finetune", "epochs": 2, "frozen": {"w": "no"}, "seconds_per_epoch": 0.1234567},
+    ),
     notes=("2 channels of fc1 were dead",),
     seconds={"total": 1.5},
 )
@@ -69,9 +72,9 @@ INSPECTION = Inspection(
 class FakePlan:
     """Stands for the plan of a run."""
 
-    def to_json(self) -> str:
-        """Some text."""
-        return '{"format": "onnxprune-plan"}\n'
+    def to_json(self) -> dict[str, str]:
+        """Some values."""
+        return {"format": "onnxprune-plan"}
 
 
 class Call:
@@ -213,7 +216,10 @@ class TestPrune:
         listener = call.options.pop("progress")
         assert (listener.stage("score", 3), listener.step(1, loss=0.5)) == (None, None)
         assert call.options == {
+            "channels": None,
             "macs": 0.5,
+            "params": None,
+            "size_mb": None,
             "scope": "all",
             "criterion": "l2",
             "round_to": 1,
@@ -238,6 +244,9 @@ class TestPrune:
         assert cli.main(command.split()) == 0
         del call.options["progress"]
         assert call.options == {
+            "channels": None,
+            "macs": None,
+            "params": None,
             "size_mb": 2.5,
             "scope": "exact",
             "criterion": "fpgm",

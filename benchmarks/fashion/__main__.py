@@ -17,7 +17,7 @@ def options() -> Options:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.fashion", description=__doc__)
     parser.add_argument("--model", choices=sorted(NETWORKS), default="resnet")
     parser.add_argument("--data", type=Path, default=DEBIAN, help="folder of the IDX files")
-    parser.add_argument("--epochs", type=int, default=8, help="epochs of training from scratch")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of training from scratch")
     parser.add_argument("--finetune", type=int, default=1, help="epochs of fine-tuning")
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--macs", type=float, help="share of the MACs to keep")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -27,6 +28,8 @@ PIPED_WIDTH = 4000
 GROUPS_SHOWN = 20
 # Metrics that are shares of samples: shown in percent, compared in points.
 SHARES = frozenset({"accuracy", "precision", "recall", "f1", "top5", "agreement"})
+MEASURES = frozenset({"mse", "cosine"})
+STEP_METRICS = ("accuracy", "agreement", "mse")
 
 
 def stdout_console() -> Console:
@@ -49,10 +52,10 @@ def show_report(console: Console, report: Report, *, layers: bool = False) -> No
     if layers:
         _show_table(console, layer_table(console, report.layers))
     _show_table(console, cost_table(console, report.before, report.after))
-    for step in report.rebuild:
-        console.print(f"rebuild: {_pairs(step)}")
+    if report.rebuild:
+        _show_table(console, rebuild_table(console, report.rebuild))
     for check in report.checks:
-        show_check(console, check)
+        show_check(console, replace(check, metrics={}))  # the table above has them
     for note in report.notes:
         console.print(f"note: {note}")
 
@@ -74,7 +77,8 @@ def check_summary(check: CheckReport) -> str:
         facts.append(f"{error} against {check.reference}")
     if check.agreement is not None:
         facts.append(f"top-1 agreement {100 * check.agreement:.2f} %")
-    facts += [f"{name} {metric(name, value)}" for name, value in check.metrics.items()]
+    others = (item for item in check.metrics.items() if item[0] != "agreement")
+    facts += [f"{name} {metric(name, value)}" for name, value in others]
     return f"{'passed' if check.passed else 'FAILED'}: {', '.join(facts)}"
 
 
@@ -108,6 +112,18 @@ def cost_table(console: Console, before: Cost, after: Cost) -> Table:
         table.add_row("latency", *_row(before.latency_ms, after.latency_ms, "{:.3f} ms"))
     for name in dict.fromkeys([*before.metrics, *after.metrics]):
         table.add_row(name, *_metric_row(name, before.metrics.get(name), after.metrics.get(name)))
+    return table
+
+
+def rebuild_table(console: Console, steps: Sequence[Mapping[str, object]]) -> Table:
+    """How well the model does after each rebuilding step."""
+    names = [name for name in STEP_METRICS if any(name in step for step in steps)]
+    table = _table(console, ("rebuilding step", *names, "details"), left=1)
+    for step in steps:
+        cells = [_step_metric(name, step.get(name)) for name in names]
+        known = {"step", *SHARES, *MEASURES}
+        details = (_detail(*item) for item in step.items() if item[0] not in known)
+        table.add_row(str(step.get("step", "")), *cells, ", ".join(filter(None, details)))
     return table
 
 
@@ -237,6 +253,11 @@ def _metric_row(name: str, before: float | None, after: float | None) -> tuple[s
     return cells[0], cells[1], change
 
 
+def _step_metric(name: str, value: object) -> str:
+    """A metric in the table of steps."""
+    return metric(name, value) if isinstance(value, float) else "-"
+
+
 def metric(name: str, value: float) -> str:
     """A metric's value with its unit."""
     return f"{100 * value:.2f} %" if name in SHARES else f"{value:.4g}"
@@ -260,9 +281,9 @@ def shape_text(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _pairs(values: Mapping[str, object]) -> str:
-    """`name value` for each entry."""
-    texts = (
-        f"{value:.4g}" if isinstance(value, float) else str(value) for value in values.values()
-    )
-    return ", ".join(f"{name} {text}" for name, text in zip(values, texts, strict=True))
+def _detail(name: str, value: object) -> str:
+    """One fact about a rebuilding step; empty where there is nothing to say."""
+    if isinstance(value, Mapping):
+        return f"{name} {len(value)}" if value else ""
+    text = f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{name.replace('_', ' ')} {text}"

@@ -1,4 +1,4 @@
-"""Results as JSON text: the `--report` file and the output of `inspect --json`."""
+"""Results as JSON text: the `--plan` and `--report` files, and the output of `inspect --json`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxprune.plan import Plan
     from onnxprune.result import Inspection, Report
 
 
@@ -18,14 +19,33 @@ def report_json(report: Report) -> str:
     return dumps(report.to_json())
 
 
+def plan_json(plan: Plan) -> str:
+    """What `--plan` writes."""
+    return dumps(plan.to_json())
+
+
 def inspection_json(inspection: Inspection) -> str:
     """What `inspect --json` prints."""
     return dumps({"format": "onnxprune-inspection", "version": 1, **asdict(inspection)})
 
 
 def dumps(value: object) -> str:
-    """Indented JSON that any reader accepts: NaN and infinity become null."""
-    return json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
+    """JSON that people and any reader can read: lists of numbers in a line, NaN becomes null."""
+    return _text(_plain(value), "") + "\n"
+
+
+def _text(value: Any, margin: str) -> str:
+    """`value` with nested objects indented; what holds only scalars stays in one line."""
+    items = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(items, list) or not any(isinstance(item, (dict, list)) for item in items):
+        return json.dumps(value, allow_nan=False)
+    inner = margin + "  "
+    texts = [_text(item, inner) for item in items]
+    if isinstance(value, dict):
+        texts = [f"{json.dumps(key)}: {text}" for key, text in zip(value, texts, strict=True)]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    body = f",\n{inner}".join(texts)
+    return f"{opening}\n{inner}{body}\n{margin}{closing}"
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from onnxprune.errors import InvalidRecipeError
 from onnxprune.report import renderer
+from onnxprune.report.json import plan_json
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -66,6 +67,6 @@ class Outputs:
     def _texts(self, result: Result | None) -> Iterator[tuple[Path, str]]:
         """The plan's and the report's file and what goes into it, where they were asked for."""
         if result is not None and self.plan is not None:
-            yield self.plan, result.plan.to_json()
+            yield self.plan, plan_json(result.plan)
         if result is not None and self.report is not None:
             yield self.report, renderer(self.report)(result.report)

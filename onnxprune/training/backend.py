@@ -44,6 +44,7 @@ class WorkerTrainer:
         arrays: Arrays = {"model": np.frombuffer(model.SerializeToString(), np.uint8)}
         arrays |= {"param:" + n: graph.parameters[n].value for n in self.names}
         arrays |= {"mask:" + n: m.astype(np.float32) for n, m in (masks or {}).items()}
+        arrays |= {"buffer:" + n: a for n, a in graph.draft.buffers.items()}
         decay = {n: weight_decay for n in self.names if graph.parameters[n].decay}
         worker.call(
             "build",
@@ -51,6 +52,7 @@ class WorkerTrainer:
             shapes={n: list(graph.parameters[n].value.shape) for n in self.names},
             decay=decay,
             masks=sorted(masks or {}),
+            buffers=dict(graph.draft.updates),
             optimizer=dict(optimizer),
             clip=clip,
             threads=threads,
@@ -87,8 +89,9 @@ class WorkerTrainer:
         return self.finish_step()
 
     def values(self) -> dict[str, NDArray[Any]]:
-        """The present parameters."""
-        return self._worker.call("values")[1]
+        """The present parameters and running statistics."""
+        arrays = self._worker.call("values")[1]
+        return {n.removeprefix("buffer:"): a for n, a in arrays.items()}
 
     def state(self) -> tuple[Header, Arrays]:
         """Parameters and optimizer, for `restore`."""
@@ -98,12 +101,18 @@ class WorkerTrainer:
         """Continue from a state."""
         self._worker.call("restore", arrays, **head)
 
-    def check(self, batch: Mapping[str, NDArray[Any]], expected: float, *, seed: int = 0) -> None:
+    def check(
+        self, batch: Mapping[str, NDArray[Any]], expected: float | None, *, seed: int = 0
+    ) -> str | None:
         """The self-check before training.
 
-        The loss of the training graph must equal `expected`, which comes from inference. The
-        gradient must agree with central differences of the loss along a random direction over all
-        parameters; where the loss is too rough for any step to tell, along the gradient itself.
+        The loss of the training graph must equal `expected`, which comes from inference (None: it
+        is not compared). The gradient must agree with central differences of the loss along a
+        random direction over all parameters; where the loss is too rough for any step to tell,
+        along the gradient itself.
+
+        Returns:
+            None, or what could not be told where differences of every step contradict each other.
 
         Raises:
             TrainingError: one of the two does not hold.
@@ -114,18 +123,22 @@ class WorkerTrainer:
             tried.clear()
             for size in PROBE_STEPS:
                 facts, _ = self._worker.call("probe", feeds, size=size, seed=direction)
-                _check_loss(float(facts["loss"]), expected)
+                loss = float(facts["loss"])
+                if expected is not None:
+                    _check_loss(loss, expected)
                 slope, difference = float(facts["slope"]), float(facts["difference"])
-                noise = NOISE * max(1.0, abs(expected)) / size
+                noise = NOISE * max(1.0, abs(loss)) / size
                 if abs(difference - slope) <= TOLERANCE * max(abs(difference), abs(slope)) + noise:
-                    return
+                    return None
                 tried.append((size, slope, difference))
             if _agree(tried):
-                break
-        shown = ", ".join(f"{difference:.4g} (step {size:g})" for size, _, difference in tried)
-        raise TrainingError(
-            f"the gradient is wrong: in one direction it gives {tried[0][1]:.4g}, differences of "
-            f"the loss give {shown}; please report this model"
+                raise TrainingError(
+                    f"the gradient is wrong: in one direction it gives {tried[0][1]:.4g}, "
+                    f"differences of the loss give {_shown(tried)}; please report this model"
+                )
+        return (
+            "the loss is too rough to check the gradient: in one direction it gives "
+            f"{tried[0][1]:.4g}, differences of the loss give {_shown(tried)}"
         )
 
     def _own(self, batch: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -149,10 +162,11 @@ def _check_loss(loss: float, expected: float) -> None:
         )
 
 
+def _shown(tried: list[tuple[float, float, float]]) -> str:
+    return ", ".join(f"{difference:.4g} (step {size:g})" for size, _, difference in tried)
+
+
 def _agree(tried: list[tuple[float, float, float]]) -> bool:
     """Whether differences of neighbouring steps tell the same, so that the slope is at fault."""
     values = [difference for _, _, difference in tried]
-    return any(
-        abs(a - b) <= TOLERANCE * max(abs(a), abs(b))
-        for a, b in pairwise(values)
-    )
+    return any(abs(a - b) <= TOLERANCE * max(abs(a), abs(b)) for a, b in pairwise(values))

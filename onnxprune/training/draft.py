@@ -7,7 +7,7 @@ of the node is then frozen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,16 +40,23 @@ def rule(*op_types: str) -> Callable[[Rule], Rule]:
 
 @dataclass
 class Draft:
-    """A graph as lists and dictionaries; `parameters` and `constants` are by tensor name."""
+    """A graph as lists and dictionaries; `parameters` and `constants` are by tensor name.
+
+    `buffers` are inputs that change in training without a gradient; `updates` names the output
+    that holds the next value of each.
+    """
 
     nodes: list[onnx.NodeProto]
     inputs: list[onnx.ValueInfoProto]
     outputs: list[onnx.ValueInfoProto]
     parameters: dict[str, NDArray[Any]]
     constants: dict[str, NDArray[Any]]
+    buffers: dict[str, NDArray[Any]] = field(default_factory=dict)
+    updates: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, Shape] = field(default_factory=dict)
     types: dict[str, int] = field(default_factory=dict)
     uses: dict[str, int] = field(default_factory=dict)
+    trained: set[str] = field(default_factory=set)
     producers: dict[str, onnx.NodeProto] = field(default_factory=dict)
     fresh: int = 0
 
@@ -69,7 +76,7 @@ class Draft:
 
     def shape(self, tensor: str) -> Shape | None:
         """The shape as far as it is known; None where not even the rank is."""
-        for known in (self.parameters, self.constants):
+        for known in (self.parameters, self.constants, self.buffers):
             if tensor in known:
                 return tuple(known[tensor].shape)
         return self.shapes.get(tensor)
@@ -166,13 +173,16 @@ def tensor_info(name: str, array: NDArray[Any]) -> onnx.ValueInfoProto:
     )
 
 
-def to_model(draft: Draft, extra: Sequence[onnx.ValueInfoProto] = ()) -> onnx.ModelProto:
-    """The draft as a model: parameters are graph inputs, constants are initializers."""
+def to_model(draft: Draft) -> onnx.ModelProto:
+    """The draft as a model: parameters and buffers are graph inputs, constants initializers."""
     used = {name for node in draft.nodes for name in node.input}
     used |= {output.name for output in draft.outputs}
-    inputs = list(draft.inputs) + [tensor_info(n, a) for n, a in draft.parameters.items()]
+    fed = {**draft.parameters, **draft.buffers}
+    inputs = list(draft.inputs) + [tensor_info(n, a) for n, a in fed.items()]
+    outputs = list(draft.outputs)
+    outputs += [tensor_info(o, draft.buffers[n]) for n, o in draft.updates.items()]
     constants = [numpy_helper.from_array(a, n) for n, a in draft.constants.items() if n in used]
-    graph = helper.make_graph(draft.nodes, "training", inputs, [*draft.outputs, *extra], constants)
+    graph = helper.make_graph(draft.nodes, "training", inputs, outputs, constants)
     model = helper.make_model(graph, opset_imports=_imports(draft.nodes))
     model.ir_version = 10
     return model
@@ -204,7 +214,35 @@ def infer(draft: Draft) -> None:
             draft.uses[name] = draft.uses.get(name, 0) + 1
     for info in draft.outputs:
         draft.uses[info.name] = draft.uses.get(info.name, 0) + 1
+    draft.trained = _trained(draft)
     draft.producers = {output: node for node in draft.nodes for output in node.output if output}
+
+
+def _trained(draft: Draft) -> set[str]:
+    """Float tensors that depend on a parameter."""
+    reached = set(draft.parameters)
+    for node in draft.nodes:
+        if any(name in reached for name in inputs_of(node)):
+            reached |= {o for o in node.output if o and is_float(draft, o)}
+    return reached
+
+
+def is_float(draft: Draft, tensor: str) -> bool:
+    """Whether a tensor is of a float type, as far as is known."""
+    return draft.types.get(tensor, TensorProto.FLOAT) in FLOATS
+
+
+def inputs_of(node: onnx.NodeProto) -> Iterator[str]:
+    """Every tensor a node reads, those that its subgraphs capture included."""
+    yield from node.input
+    for attribute in node.attribute:
+        graphs = list(attribute.graphs)
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            graphs.append(attribute.g)
+        for graph in graphs:
+            for inner in graph.node:
+                yield from inputs_of(inner)
+            yield from (o.name for o in graph.output)
 
 
 FLOATS: Mapping[int, str] = {

@@ -8,7 +8,7 @@ values go back into it by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ from onnxprune.training.draft import (
     Draft,
     Undifferentiable,
     infer,
+    inputs_of,
+    is_float,
     tensor_info,
 )
 from onnxprune.training.fold import fold_constants
@@ -41,80 +43,24 @@ from onnxprune.training.parameters import (
     constant_value,
     find_parameters,
 )
-from onnxprune.training.rules_norm import merge_batchnorm
+from onnxprune.training.rules_norm import merge_batchnorm, use_batch_statistics
 
-QUANTISED = {
-    "QuantizeLinear",
-    "DequantizeLinear",
-    "DynamicQuantizeLinear",
-    "QLinearConv",
-    "QLinearMatMul",
-    "ConvInteger",
-    "MatMulInteger",
-}
+QUANTISED = frozenset(
+    """
+    QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul ConvInteger
+    MatMulInteger
+    """.split()
+)
 # operators the builder differentiates, in the form that the rules leave them in
-DIFFERENTIABLE = {
-    *(
-        "Abs",
-        "Add",
-        "AveragePool",
-        "Cast",
-        "Clip",
-        "Concat",
-        "Conv",
-        "Cos",
-        "Div",
-        "Erf",
-        "Exp",
-        "Expand",
-    ),
-    *(
-        "Flatten",
-        "GRU",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Gelu",
-        "Gemm",
-        "GlobalAveragePool",
-        "Identity",
-    ),
-    *(
-        "LSTM",
-        "LayerNormalization",
-        "LeakyRelu",
-        "Log",
-        "LogSoftmax",
-        "MatMul",
-        "Max",
-        "MaxPool",
-        "Min",
-        "Mul",
-    ),
-    *(
-        "Neg",
-        "Pad",
-        "Pow",
-        "Reciprocal",
-        "ReduceL2",
-        "ReduceLogSumExp",
-        "ReduceMean",
-        "ReduceSum",
-        "Relu",
-    ),
-    *(
-        "Reshape",
-        "ScatterElements",
-        "ScatterND",
-        "Sigmoid",
-        "Sin",
-        "Slice",
-        "Softmax",
-        "Split",
-        "Sqrt",
-    ),
-    *("Squeeze", "Sub", "Tanh", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where"),
-}
+DIFFERENTIABLE = frozenset(
+    """
+    Abs Add BatchNormalization Cast Clip Concat Conv Cos Div Erf Exp Expand Flatten GRU Gather
+    GatherElements GatherND Gelu Gemm GlobalAveragePool Identity LSTM LayerNormalization LeakyRelu
+    Log LogSoftmax MatMul Max MaxPool Min Mul Neg Pad Pow Reciprocal ReduceL2 ReduceLogSumExp
+    ReduceMean ReduceSum Relu Reshape ScatterElements ScatterND Sigmoid Sin Slice Softmax Split Sqrt
+    Squeeze Sub Tanh Tile TopK Transpose Trilu Unsqueeze Where
+    """.split()
+)
 PASSES = 8  # of rules and function bodies: an expansion may need expanding again
 
 
@@ -127,8 +73,19 @@ class TrainingGraph:
     frozen: dict[str, str]
 
 
-def legalise(model: onnx.ModelProto) -> TrainingGraph:
+def legalise(
+    model: onnx.ModelProto,
+    *,
+    sizes: Mapping[str, Sequence[int]] | None = None,
+    momentum: float | None = None,
+) -> TrainingGraph:
     """Make the training copy of a model.
+
+    Args:
+        model: it is not changed.
+        sizes: shapes of inputs; all their axes but the first become fixed.
+        momentum: of BatchNormalization's running statistics, which then normalizes by the
+            statistics of the batch; None: it acts as in inference.
 
     Raises:
         TrainingError: the model is quantised, cannot be brought to opset 21, or nothing in it can
@@ -140,7 +97,13 @@ def legalise(model: onnx.ModelProto) -> TrainingGraph:
         raise TrainingError(
             "nothing to train: the model has no float weights (only float models can be fine-tuned)"
         )
-    draft = _draft(_converted(_stripped(model, found.trainable)), found.trainable)
+    copy = _stripped(model, found.trainable)
+    _fix_sizes(copy.graph, sizes or {})
+    draft = _draft(_converted(copy), found.trainable)
+    if momentum is None:
+        merge_batchnorm(draft)
+    else:
+        use_batch_statistics(draft, momentum)
     reasons = _rewrite(draft)
     blocked = _blocked(draft, reasons)
     frozen = {**found.frozen, **{n: blocked[n] for n in found.trainable if n in blocked}}
@@ -207,6 +170,13 @@ def _stripped(model: onnx.ModelProto, parameters: dict[str, Parameter]) -> onnx.
     result = helper.make_model(fresh, opset_imports=list(source.opset_import))
     result.ir_version = 10
     return result
+
+
+def _fix_sizes(graph: onnx.GraphProto, sizes: Mapping[str, Sequence[int]]) -> None:
+    for info in graph.input:
+        dims = info.type.tensor_type.shape.dim
+        for dim, size in list(zip(dims, sizes.get(info.name, ()), strict=False))[1:]:
+            dim.dim_value = size
 
 
 def _renamed(tensor: onnx.TensorProto, name: str) -> onnx.TensorProto:
@@ -323,7 +293,6 @@ def _rewrite(draft: Draft) -> dict[str, str]:
     """
     reasons: dict[str, str] = {}
     settled: set[str] = set()
-    merge_batchnorm(draft)
     for _ in range(PASSES):
         infer(draft)
         changed = False
@@ -357,14 +326,15 @@ def _separate(draft: Draft) -> None:
     The builder names gradients after their tensors, makes those of these operators' inputs whether
     they are needed or not, and sums only the needed ones: two would have one name.
     """
-    needed = _on_path_tensors(draft)
+    infer(draft)
+    needed = draft.trained
     nodes: list[onnx.NodeProto] = []
     for node in draft.nodes:
         if node.op_type in ("Concat", "LayerNormalization") and any(
             o in needed for o in node.output
         ):
             for index, name in enumerate(node.input):
-                if not name or name in needed or not _is_float(draft, name):
+                if not name or name in needed or not is_float(draft, name):
                     continue
                 if name in draft.constants:
                     node.input[index] = draft.constant(draft.constants[name])
@@ -375,15 +345,6 @@ def _separate(draft: Draft) -> None:
         nodes.append(node)
     draft.nodes = nodes
     infer(draft)
-
-
-def _on_path_tensors(draft: Draft) -> set[str]:
-    """Float tensors that depend on a parameter."""
-    reached = set(draft.parameters)
-    for node in draft.nodes:
-        if any(name in reached for name in _read(node)):
-            reached |= {o for o in node.output if o and _is_float(draft, o)}
-    return reached
 
 
 def _absorb_constants(draft: Draft) -> None:
@@ -428,39 +389,16 @@ def _key(node: onnx.NodeProto) -> str:
     return str(next(output for output in node.output if output))
 
 
-def _is_float(draft: Draft, tensor: str) -> bool:
-    return draft.types.get(tensor, TensorProto.FLOAT) in FLOATS
-
-
 def _on_path(draft: Draft) -> set[str]:
     """Keys of the nodes between a parameter and an output, along float tensors."""
-    forward: set[str] = set(draft.parameters)
-    below: set[str] = set()
-    for node in draft.nodes:
-        if any(i in forward for i in _read(node)) and any(
-            _is_float(draft, o) for o in node.output if o
-        ):
-            forward |= {o for o in node.output if o and _is_float(draft, o)}
-            below.add(_key(node))
     backward = {o.name for o in draft.outputs}
     path: set[str] = set()
     for node in reversed(draft.nodes):
         if any(o in backward for o in node.output):
-            backward |= set(_read(node))
-            if _key(node) in below:
+            backward |= set(inputs_of(node))
+            if any(o in draft.trained for o in node.output):
                 path.add(_key(node))
     return path
-
-
-def _read(node: onnx.NodeProto) -> Iterable[str]:
-    """Every tensor a node reads, those that its subgraphs capture included."""
-    yield from node.input
-    for attribute in node.attribute:
-        graphs = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
-        for graph in graphs:
-            for inner in graph.node:
-                yield from _read(inner)
-            yield from (o.name for o in graph.output)
 
 
 def _blocked(draft: Draft, reasons: dict[str, str]) -> dict[str, str]:
@@ -470,19 +408,19 @@ def _blocked(draft: Draft, reasons: dict[str, str]) -> dict[str, str]:
         reason: Any = reasons.get(_key(node))
         if reason is None:
             reason = next(
-                (blocked[o] for o in node.output if o in blocked and _is_float(draft, o)), None
+                (blocked[o] for o in node.output if o in blocked and is_float(draft, o)), None
             )
         if reason is not None:
-            for name in _read(node):
-                if _is_float(draft, name):
+            for name in inputs_of(node):
+                if is_float(draft, name):
                     blocked.setdefault(name, reason)
     return blocked
 
 
 def _reached(draft: Draft) -> set[str]:
     """Tensors from which a path of float tensors leads to a float output."""
-    reached = {o.name for o in draft.outputs if _is_float(draft, o.name)}
+    reached = {o.name for o in draft.outputs if is_float(draft, o.name)}
     for node in reversed(draft.nodes):
         if any(o in reached for o in node.output):
-            reached |= {name for name in node.input if _is_float(draft, name)}
+            reached |= {name for name in node.input if is_float(draft, name)}
     return reached

@@ -369,3 +369,5 @@ def _drop_unread(draft: Draft) -> None:
                     read |= {name for inner in graph.node for name in inner.input}
     draft.nodes = kept[::-1]
     draft.inputs = [i for i in draft.inputs if i.name in read]
+    draft.buffers = {n: a for n, a in draft.buffers.items() if n in read}
+    draft.updates = {n: o for n, o in draft.updates.items() if n in read}

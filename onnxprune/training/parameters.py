@@ -38,7 +38,19 @@ PLACES: dict[str, dict[int, bool]] = {
 }
 VECTOR_PLACES = {"Add", "Sub", "Mul", "Div", "Sum", "Mean"}
 # operators a weight may pass on its way to the place where it is used
-CARRIERS = {"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast"}
+CARRIERS = {
+    *(
+        "Cast",
+        "Concat",
+        "Flatten",
+        "Identity",
+        "Reshape",
+        "Slice",
+        "Squeeze",
+        "Transpose",
+        "Unsqueeze",
+    )
+}
 TABLE_LIMIT = 20.0  # larger added values are masks (-100, -1e4, -inf), not learnt positions
 
 
@@ -66,14 +78,10 @@ def find_parameters(graph: onnx.GraphProto) -> Parameters:
     sites: dict[str, list[bool]] = {}
     for node in graph.node:
         for index, name in enumerate(node.input):
-            source = carried.get(name)
-            decay = (
-                None
-                if source is None
-                else _place(node, index, numpy_helper.to_array(tensors[source]))
-            )
-            if source is not None and decay is not None:
-                sites.setdefault(source, []).append(decay)
+            for source in sorted(carried.get(name, ())):
+                decay = _place(node, index, numpy_helper.to_array(tensors[source]))
+                if decay is not None:
+                    sites.setdefault(source, []).append(decay)
     trainable, frozen = {}, {}
     for name, decays in sites.items():
         value = numpy_helper.to_array(tensors[name]).astype(np.float32)
@@ -118,12 +126,15 @@ def constant_value(node: onnx.NodeProto) -> NDArray[Any]:
     return np.asarray(value, dtype.get(attribute.name, object))
 
 
-def _carried(graph: onnx.GraphProto, tensors: Mapping[str, Any]) -> dict[str, str]:
-    """Tensor name -> the stored tensor that it is, up to its layout."""
-    carried = {name: name for name in tensors}
+def _carried(graph: onnx.GraphProto, tensors: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Tensor name -> the stored tensors that it consists of, up to their layout."""
+    carried = {name: {name} for name in tensors}
     for node in graph.node:
-        if node.op_type in CARRIERS and node.input and node.input[0] in carried:
-            carried[node.output[0]] = carried[node.input[0]]
+        if node.op_type not in CARRIERS or not node.input:
+            continue
+        sources = node.input if node.op_type == "Concat" else node.input[:1]
+        if all(name in carried for name in sources):
+            carried[node.output[0]] = set().union(*(carried[name] for name in sources))
     return carried
 
 

@@ -30,7 +30,8 @@ def conv(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto] | None:
 
 @rule("MaxPool")
 def max_pool(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto] | None:
-    """x[N, C, *S] -> y[N, C, *S']"""
+    """x[N, C, *S] -> y[N, C, *S']: the gradient takes all sizes but the batch from the graph."""
+    draft.static(node, node.input[0], range(1, draft.rank(node, node.input[0])))
     if attributes(node).get("ceil_mode"):
         return [_without_ceil(node, draft)]
     return _with_pads(node, draft, list(attributes(node)["kernel_shape"]))

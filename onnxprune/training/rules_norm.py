@@ -33,6 +33,25 @@ def merge_batchnorm(draft: Draft) -> None:
     draft.nodes = nodes
 
 
+def use_batch_statistics(draft: Draft, momentum: float) -> None:
+    """Put BatchNormalization into training mode; running statistics become buffers.
+
+    Nodes that share statistics stay in inference form: each batch would move them twice.
+    """
+    for index, node in enumerate(draft.nodes):
+        if node.op_type != "BatchNormalization" or node.domain or len(node.output) > 1:
+            continue
+        statistics = list(node.input[3:5])
+        if any(n not in draft.constants or draft.uses.get(n) != 1 for n in statistics):
+            continue
+        fresh = replaced(node, training_mode=1, momentum=momentum)
+        for name in statistics:
+            draft.buffers[name] = draft.constants.pop(name).astype(np.float32)
+            draft.updates[name] = draft.name("running")
+            fresh.output.append(draft.updates[name])
+        draft.nodes[index] = fresh
+
+
 def _takes_batchnorm(source: onnx.NodeProto, norm: onnx.NodeProto, draft: Draft) -> bool:
     if (
         source.domain
@@ -85,11 +104,13 @@ def _scale_and_shift(
 
 
 @rule("BatchNormalization")
-def batch_normalization(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto]:
+def batch_normalization(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto] | None:
     """x[N, C, *S] -> y[N, C, *S] = x * s + (beta - mean * s).
 
     The builder would use the statistics of the batch.
     """
+    if node.input[3] in draft.buffers:
+        return None
     if attributes(node).get("training_mode"):
         raise Undifferentiable("BatchNormalization: it is in training mode")
     rank = draft.rank(node, node.input[0])

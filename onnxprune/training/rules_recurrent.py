@@ -23,6 +23,8 @@ def recurrent(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto] | None
     inputs = [*node.input, *[""] * (8 - len(node.input))]
     if inputs[4] or inputs[7]:
         raise Undifferentiable(f"{node.op_type}: sequence lengths and peepholes are not covered")
+    if not all(name in draft.trained for name in inputs[1:3]):
+        raise Undifferentiable(f"{node.op_type}: its own weights are not trained")
     direction = options.get("direction", "forward")
     complete = bool(inputs[3]) and all(inputs[5 : 5 + states])
     outputs = [*node.output, *[""] * (1 + states - len(node.output))]

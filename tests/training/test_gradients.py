@@ -612,6 +612,12 @@ CASES: list[tuple[str, int, str, str]] = [
         "float[N,5] x, float[5,5] w",
         "h = MatMul(x, w) t = Tanh(x) y = Concat<axis=1>(t, t, h)",
     ),
+    ("gather-elements", 13, "float[N,5] x, int64[N,3] i, float[5,6] w", "h = MatMul(x, w) y = GatherElements<axis=1>(h, i)"),
+    ("gather-nd", 13, "float[N,5] x, float[5,6] w", "h = MatMul(x, w) i = Constant<value = int64[3,2] {0,1,1,4,0,1}>() y = GatherND(h, i)"),
+    ("scatter-nd", 16, "float[N,5] x, float[5,6] w, float[5,3] w1", "h = MatMul(x, w) g = MatMul(x, w1) i = Constant<value = int64[2,3,2] {0,1,0,2,0,3,1,0,1,2,1,5}>() y = ScatterND(h, i, g)"),
+    ("scatter-elements", 16, "float[N,5] x, int64[2,3] i, float[5,6] w, float[5,3] w1", "h = MatMul(x, w) g = MatMul(x, w1) z = Constant<value = int64[2,3] {0,1,2,5,4,3}>() y = ScatterElements<axis=1>(h, z, g)"),
+    ("trilu", 14, "float[N,5,5] x, float[5,5] w", "h = MatMul(x, w) y = Trilu<upper=0>(h)"),
+    ("weight-slices", 17, "float[N,4] x, float[6,4] w", "a = Constant<value = int64[1] {0}>() c = Constant<value = int64[1] {3}>() d = Constant<value = int64[1] {6}>() p = Slice(w, a, c, a) q = Slice(w, c, d, a) r = Concat<axis=0>(q, p) t = Transpose(r) y = MatMul(x, t)"),
     ("gelu-20", 20, "float[N,5] x, float[5,4] w", "h = MatMul(x, w) y = Gelu(h)"),
     (
         "gelu-tanh",

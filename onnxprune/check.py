@@ -1,0 +1,178 @@
+"""The three levels of checking: the graph is sound, it computes what its masked twin computes, it answers as before."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune import io
+from onnxprune.coupling import Coupling
+from onnxprune.errors import OnnxPruneError
+from onnxprune.groups import Group, Units
+from onnxprune.rewriting import Mask
+from onnxprune.twin import masked_twin
+
+Feeds = Mapping[str, NDArray[Any]]
+Array = NDArray[Any]
+_INLINE_BYTES = 1_900_000_000
+
+
+def default_tolerance(model: onnx.ModelProto) -> float:
+    """1e-4 relative to the largest output; 1e-2 where half precision is computed with."""
+    halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    return 1e-2 if any(t.data_type in halves for t in model.graph.initializer) else 1e-4
+
+
+def structure_problems(model: onnx.ModelProto, original: onnx.ModelProto) -> list[str]:
+    """Level 1: valid ONNX with consistent shapes, and the original's inputs and outputs."""
+    problems = []
+    try:
+        _onnx_check(model)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        if _passes(original):
+            problems.append(f"onnx.checker refuses the graph: {str(error).strip().splitlines()[0]}")
+    for kind in ("input", "output"):
+        ours, theirs = _signature(model, kind), _signature(original, kind)
+        if ours != theirs:
+            problems.append(f"the {kind}s are {ours}, they were {theirs}")
+    return problems
+
+
+def _passes(model: onnx.ModelProto) -> bool:
+    try:
+        _onnx_check(model)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+        return False
+    return True
+
+
+def _onnx_check(model: onnx.ModelProto) -> None:
+    if sum(map(io.tensor_bytes, io.tensors(model))) < _INLINE_BYTES:
+        onnx.checker.check_model(model, full_check=True)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        io.save(model, path, external_data=True)
+        onnx.checker.check_model(str(path), full_check=True)
+
+
+def _signature(model: onnx.ModelProto, kind: str) -> list[tuple[str, int, tuple[Any, ...]]]:
+    weights = {t.name for t in model.graph.initializer}
+    found = []
+    for value in getattr(model.graph, kind):
+        if value.name in weights and kind == "input":
+            continue
+        tensor = value.type.tensor_type
+        dims = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
+        found.append((value.name, tensor.elem_type, dims))
+    return found
+
+
+def difference(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
+    """The largest difference relative to the largest magnitude of the reference, over all outputs.
+
+    Infinite where shapes differ, or where one has a number and the other has none.
+    """
+    return max((_one_difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+
+
+def _one_difference(a: Any, b: Any) -> float:
+    if isinstance(b, list):
+        return difference(a, b) if isinstance(a, list) and len(a) == len(b) else np.inf
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape:
+        return np.inf
+    if a.size == 0:
+        return 0.0
+    if a.dtype.kind not in "fiub":
+        return 0.0 if np.array_equal(a, b) else np.inf
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    fine = np.isfinite(b)
+    if not np.array_equal(np.isfinite(a), fine):
+        return np.inf
+    if not np.array_equal(np.nan_to_num(a[~fine], nan=0.5), np.nan_to_num(b[~fine], nan=0.5)):
+        return np.inf
+    scale = float(np.abs(b[fine]).max(initial=0.0))
+    gap = float(np.abs(a[fine] - b[fine]).max(initial=0.0))
+    return gap / scale if scale > 0 else gap
+
+
+def twin_error(
+    coupling: Coupling,
+    keep: Mask,
+    pruned: onnx.ModelProto,
+    feeds: Sequence[Feeds],
+    threads: int | None = None,
+) -> float:
+    """Level 2: how far `pruned` is from its masked twin.
+
+    Raises:
+        InvalidModelError: one of the two does not run.
+    """
+    from onnxprune import runtime
+
+    ours = _outputs(runtime.session(pruned, threads=threads), feeds)
+    theirs = _outputs(runtime.session(masked_twin(coupling, keep), threads=threads), feeds)
+    return max((difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+
+
+def _outputs(session: Any, feeds: Sequence[Feeds]) -> list[list[Any]]:
+    from onnxprune import runtime
+
+    return [list(runtime.run(session, f).values()) for f in feeds]
+
+
+def find_faulty(
+    groups: Sequence[Group], keep: Mask, sound: Callable[[Mask], bool]
+) -> tuple[Group, ...]:
+    """Bisect: the groups without whose removals the model is sound.
+
+    `sound(keep)` tells whether a choice passes the checks. Groups that fail only together are all blamed.
+    """
+    touched = [g for g in groups if not keep[g.units].all()]
+
+    def choice(part: Sequence[Group]) -> Mask:
+        only = np.ones_like(keep)
+        for group in part:
+            only[group.units] = keep[group.units]
+        return only
+
+    def search(part: Sequence[Group]) -> Iterator[Group]:
+        if sound(choice(part)):
+            return
+        if len(part) == 1:
+            yield part[0]
+            return
+        middle = len(part) // 2
+        halves = [*search(part[:middle]), *search(part[middle:])]
+        yield from halves if halves else part
+
+    return tuple(search(touched)) if touched else ()
+
+
+def units_of(groups: Sequence[Group]) -> Units:
+    """The units of several groups."""
+    return np.concatenate([g.units for g in groups]) if groups else np.zeros(0, np.int32)
+
+
+def is_sound(
+    coupling: Coupling,
+    keep: Mask,
+    feeds: Sequence[Feeds],
+    tolerance: float,
+    threads: int | None = None,
+) -> bool:
+    """Whether applying `keep` gives a model that runs and equals its twin."""
+    from onnxprune.passes.apply import apply_keep
+
+    try:
+        pruned = apply_keep(coupling, keep).model
+        return twin_error(coupling, keep, pruned, feeds, threads) <= tolerance
+    except (OnnxPruneError, ValueError, IndexError, KeyError, AssertionError):
+        return False

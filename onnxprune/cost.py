@@ -1,0 +1,172 @@
+"""What a model costs, for any choice of units: parameters and multiply-adds, evaluated without building the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.coupling import Coupling
+from onnxprune.labels import Labels
+from onnxprune.rewriting import Mask
+
+#: Element types that hold weights.
+WEIGHT_TYPES = frozenset(
+    getattr(onnx.TensorProto, n)
+    for n in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT8", "UINT8", "INT4", "UINT4")
+)
+
+
+@dataclass(frozen=True)
+class _Products:
+    """A sum of products of axis lengths: sum_i size[i] * prod_j share(axis j of term i)."""
+
+    size: NDArray[np.float64]
+    units: Labels
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    term: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, coupling: Coupling, terms: Sequence[tuple[float, Sequence[Labels]]]) -> _Products:
+        unit = coupling.solution.unit
+        axes = [(i, labels) for i, (_, vectors) in enumerate(terms) for labels in vectors]
+        lengths = np.array([v.size for _, v in axes], np.int64)
+        flat = [unit[np.maximum(v, 0)] for _, v in axes]
+        return cls(
+            np.array([size for size, _ in terms], np.float64),
+            np.concatenate(flat) if flat else np.zeros(0, np.int32),
+            np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64),
+            lengths,
+            np.array([i for i, _ in axes], np.int64),
+        )
+
+    def shares(self, keep: Mask) -> NDArray[np.float64]:
+        """Each axis' share that stays."""
+        if not self.lengths.size:
+            return np.zeros(0)
+        return np.add.reduceat(keep[self.units].astype(np.float64), self.starts) / self.lengths
+
+    def terms(self, keep: Mask) -> NDArray[np.float64]:
+        """Each term's value."""
+        value = self.size.copy()
+        np.multiply.at(value, self.term, self.shares(keep))
+        return value
+
+    def per_unit(self, count: int) -> NDArray[np.float64]:
+        """What the sum loses, to first order, with each unit."""
+        weight = np.repeat(self.size[self.term] / self.lengths, self.lengths)
+        return np.bincount(self.units, weight, count)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Parameters and MACs of a coupled model as functions of the units that stay."""
+
+    params_: _Products
+    macs_: _Products
+    units: int
+    param_bytes: float
+    other_bytes: float
+
+    def params(self, keep: Mask) -> float:
+        """The number of weights that stay."""
+        return float(self.params_.terms(keep).sum())
+
+    def macs(self, keep: Mask) -> float:
+        """Multiply-adds of one sample."""
+        return float(self.macs_.terms(keep).sum())
+
+    def size_mb(self, keep: Mask) -> float:
+        """The file's size, in 10^6 bytes."""
+        return (self.params(keep) * self.param_bytes + self.other_bytes) / 1e6
+
+    def layer_macs(self, keep: Mask) -> NDArray[np.float64]:
+        """MACs of each of the coupling's layers."""
+        return self.macs_.terms(keep)
+
+    def params_per_unit(self) -> NDArray[np.float64]:
+        """Weights that go with each unit."""
+        return self.params_.per_unit(self.units)
+
+    def macs_per_unit(self) -> NDArray[np.float64]:
+        """Multiply-adds that go with each unit."""
+        return self.macs_.per_unit(self.units)
+
+
+def cost_model(coupling: Coupling) -> CostModel:
+    """The cost of `coupling`'s model for any choice of units."""
+    batch = samples_per_run(coupling)
+    params = []
+    for name, uses in coupling.constants.items():
+        constant = coupling.graph.constants[name]
+        if constant.dtype in WEIGHT_TYPES:
+            layout = next(iter(uses.values()))
+            params.append((float(constant.size), [b.labels for b in layout]))
+    untouched = sum(
+        c.size
+        for n, c in coupling.graph.constants.items()
+        if c.dtype in WEIGHT_TYPES and n not in coupling.constants
+    )
+    params.append((float(untouched), []))
+    macs = [(layer.macs / batch, layer.axes) for layer in coupling.layers]
+    total = sum(size for size, _ in params)
+    weight_bytes = sum(
+        _bytes(c.tensor, c.size)
+        for c in coupling.graph.constants.values()
+        if c.dtype in WEIGHT_TYPES
+    )
+    return CostModel(
+        params_=_Products.of(coupling, params),
+        macs_=_Products.of(coupling, macs),
+        units=coupling.solution.units,
+        param_bytes=weight_bytes / total if total else 0.0,
+        other_bytes=float(size_bytes(coupling.graph.model) - weight_bytes),
+    )
+
+
+def samples_per_run(coupling: Coupling) -> int:
+    """How many samples the assumed batch holds: 1 where the batch is fixed by the model."""
+    for name in coupling.graph.inputs:
+        first = coupling.shapes.first.dims.get(name, ())
+        second = coupling.shapes.second.dims.get(name, ())
+        if first and second and first[0] != second[0]:
+            return first[0]
+    return 1
+
+
+def _bytes(tensor: onnx.TensorProto, size: int) -> float:
+    itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    half = tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+    return size * (0.5 if half else itemsize)
+
+
+def count_params(model: onnx.ModelProto) -> int:
+    """The number of weights in a model: elements of float and 8- and 4-bit tensors."""
+    total = 0
+    for tensor in model.graph.initializer:
+        if tensor.data_type in WEIGHT_TYPES:
+            total += math.prod(tensor.dims)
+    for node in model.graph.node:
+        if node.op_type == "Constant":
+            for a in node.attribute:
+                if a.name == "value" and a.t.data_type in WEIGHT_TYPES:
+                    total += math.prod(a.t.dims)
+    return total
+
+
+def size_bytes(model: onnx.ModelProto) -> int:
+    """The size of the saved file, external data included."""
+    from google.protobuf.message import EncodeError
+
+    try:
+        size = model.ByteSize()
+        if size > 0:
+            return int(size)
+    except (EncodeError, ValueError):
+        pass
+    return sum(len(t.raw_data) + 64 for t in model.graph.initializer)

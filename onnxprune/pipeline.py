@@ -1,0 +1,577 @@
+"""The way through the house: load, analyse, score, select, apply, check, rebuild, check again, report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import onnx
+
+from onnxprune import io
+from onnxprune.analysis import (
+    Analysis,
+    analyse,
+    inspection,
+    layer_rows,
+    measured_cost,
+    planned_frozen,
+)
+from onnxprune.check import (
+    Feeds,
+    default_tolerance,
+    difference,
+    find_faulty,
+    is_sound,
+    structure_problems,
+    twin_error,
+    units_of,
+)
+from onnxprune.errors import InvalidRecipeError, OnnxPruneError, VerificationError
+from onnxprune.groups import Group, matching_units
+from onnxprune.plan import Plan, PlannedGroup, fingerprint
+from onnxprune.progress import Progress, Silent
+from onnxprune.result import CheckReport, Cost, Inspection, Report, Result
+from onnxprune.rewriting import Mask
+
+if TYPE_CHECKING:
+    from onnxprune.data import Dataset
+    from onnxprune.passes.apply import Applied
+
+Source = str | os.PathLike[str] | onnx.ModelProto
+Scope = Literal["exact", "all"]
+MAX_REPAIRS = 8
+CALIBRATION_SAMPLES = 1024
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `prune` was asked for."""
+
+    budget: Any
+    limits: Any
+    criterion: str
+    keep: tuple[str, ...]
+    finetune: int
+    max_drop: float | None
+    check: bool
+    seed: int
+    threads: int | None
+
+
+@dataclass
+class _Clock:
+    """Seconds by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, progress: Progress) -> Iterator[None]:
+        progress.stage(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """A pruned model that passed the first two levels, and what was learned on the way."""
+
+    keep: Mask
+    applied: Applied
+    report: CheckReport | None
+    notes: tuple[str, ...]
+
+
+def prune(
+    model: Source,
+    *,
+    channels: float | None = None,
+    macs: float | None = None,
+    params: float | None = None,
+    size_mb: float | None = None,
+    scope: Scope = "all",
+    criterion: str = "l2",
+    round_to: int = 1,
+    min_keep: float = 0.1,
+    keep: Sequence[str] = (),
+    data: Any = None,
+    val: Any = None,
+    finetune: int = 0,
+    max_drop: float | None = None,
+    check: bool = True,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Prune a model to one budget, rebuild it where there is data, and check it.
+
+    Args:
+        model: path or ModelProto; it is left as it is.
+        channels: keep this share of every layer's channels.
+        macs, params: keep at most this share of all multiply-adds or weights.
+        size_mb: the file is at most this large, in 10^6 bytes.
+        scope: "exact" leaves out channels that pass through a mean, norm or softmax over them.
+        criterion: importance of channels, one of `onnxprune.passes.score.criteria()`.
+        round_to: kept widths are multiples of it where the layer is that wide.
+        min_keep: the smallest share of a layer that is kept.
+        keep: names of nodes or weights that stay whole; shell wildcards.
+        data: calibration or training data; see `onnxprune.data.open_data`.
+        val: held-out data that the metrics are measured on; default `data`.
+        finetune: epochs of fine-tuning, with the original model as teacher.
+        max_drop: the largest loss of the task's metric, in points (1 is 0.01).
+        check: False leaves out the comparison with the masked twin.
+        threads: threads of every session; None leaves it to ONNX Runtime.
+
+    Raises:
+        InvalidRecipeError: an option is out of range, or not exactly one budget was given.
+        BudgetError: the budget cannot be reached; says what can.
+        VerificationError: the pruned model is wrong and no group of channels is to blame.
+    """
+    from onnxprune.passes.select import Limits
+
+    budget = _budget(channels=channels, macs=macs, params=params, size_mb=size_mb)
+    _check_ranges(min_keep, round_to, scope, finetune, data)
+    options = Options(
+        budget,
+        Limits(round_to, min_keep, scope),
+        criterion,
+        tuple(keep),
+        finetune,
+        max_drop,
+        check,
+        seed,
+        threads,
+    )
+    listener, clock = progress or Silent(), _Clock()
+    with clock.stage("load", listener):
+        original = io.load(model)
+        train, held_out = _open(data, original), _open(val if val is not None else data, original)
+    with clock.stage("analyse", listener):
+        analysis = analyse(original)
+    with clock.stage("prune", listener):
+        feeds = _feeds(original, train, seed)
+        verified = _prune_verified(analysis, options, feeds)
+    plan = _plan(analysis, verified)
+    with clock.stage("rebuild", listener):
+        rebuilt, steps = _rebuild(
+            original, verified.applied.model, train, held_out, options, listener
+        )
+    with clock.stage("check", listener):
+        report = _report(analysis, verified, rebuilt, held_out, options, feeds, steps)
+    return Result(rebuilt, plan, replace(report, seconds=dict(clock.seconds)))
+
+
+def inspect(model: Source) -> Inspection:
+    """Parameters, MACs, groups, and what is frozen and why."""
+    return inspection(io.load(model))
+
+
+def apply(model: Source, plan: Plan) -> onnx.ModelProto:
+    """Replay a plan on the model that it was made for.
+
+    Raises:
+        InvalidRecipeError: the plan belongs to another model, or contradicts itself.
+    """
+    from onnxprune.passes.apply import apply_keep
+
+    original = io.load(model)
+    if fingerprint(original)["structure_sha256"] != plan.model.get("structure_sha256"):
+        raise InvalidRecipeError(
+            f"the plan was made for another model ({plan.model.get('name')!r}, {plan.model.get('nodes')} nodes)"
+        )
+    analysis = analyse(original)
+    keep = _planned_keep(analysis.groups, plan, analysis.everything)
+    if keep.all():
+        return original
+    applied = apply_keep(analysis.coupling, keep)
+    if dict(applied.slices) != dict(plan.initializers):
+        raise InvalidRecipeError(
+            "the plan contradicts itself: its groups do not give the shapes of its initializers; make a new plan"
+        )
+    return applied.model
+
+
+def check(
+    a: Source,
+    b: Source,
+    *,
+    data: Any = None,
+    tolerance: float | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+) -> CheckReport:
+    """Compare model `b` with its original `a`: sound, same inputs and outputs, how close.
+
+    Without `tolerance` the size of the difference is reported and does not fail the check.
+    """
+    from onnxprune import runtime
+
+    original, candidate = io.load(a), io.load(b)
+    problems = structure_problems(candidate, original)
+    dataset = _open(data, original)
+    feeds = _feeds(original, dataset, seed)
+    error: float | None = None
+    metrics: Mapping[str, float] = {}
+    try:
+        sessions = [runtime.session(m, threads=threads) for m in (original, candidate)]
+        outputs = [[list(runtime.run(s, f).values()) for f in feeds] for s in sessions]
+        error = max(difference(y, x) for x, y in zip(*outputs, strict=True))
+        if dataset is not None:
+            metrics = _compare(sessions, dataset, threads)
+    except OnnxPruneError as failure:
+        problems.append(str(failure))
+    if tolerance is not None and error is not None and not error <= tolerance:
+        problems.append(f"outputs differ by {error:.3g} of the largest, more than {tolerance:g}")
+    return CheckReport(
+        passed=not problems,
+        structure=not problems,
+        max_error=error,
+        tolerance=tolerance,
+        feeds=len(feeds),
+        reference="the original model",
+        agreement=metrics.get("agreement"),
+        metrics=metrics,
+        problems=tuple(problems),
+    )
+
+
+# -- stages ----------------------------------------------------------------------------------------------------
+
+
+def _budget(**asked: float | None) -> Any:
+    from onnxprune.passes.select import Budget
+
+    given = {k.replace("_", "-"): v for k, v in asked.items() if v is not None}
+    if len(given) != 1:
+        names = ", ".join(k.replace("_", "-") for k in asked)
+        raise InvalidRecipeError(f"give exactly one budget of {names}; got {len(given)}")
+    kind, value = next(iter(given.items()))
+    if kind == "size-mb":
+        if not value > 0:
+            raise InvalidRecipeError(f"--size-mb {value:g} is not a size: it must be above 0")
+    elif not 0 < value <= 1:
+        raise InvalidRecipeError(f"--{kind} {value:g} is out of range: a share must be in (0, 1]")
+    return Budget(kind, float(value))  # type: ignore[arg-type]
+
+
+def _check_ranges(min_keep: float, round_to: int, scope: str, finetune: int, data: Any) -> None:
+    if not 0 <= min_keep <= 1:
+        raise InvalidRecipeError(
+            f"--min-keep {min_keep:g} is out of range: a share must be in [0, 1]"
+        )
+    if round_to < 1:
+        raise InvalidRecipeError(f"--round-to {round_to} is out of range: it must be at least 1")
+    if scope not in ("exact", "all"):
+        raise InvalidRecipeError(f"--scope {scope!r} is unknown: choose exact or all")
+    if finetune < 0:
+        raise InvalidRecipeError(f"--finetune {finetune} is out of range: it counts epochs")
+    if finetune and data is None:
+        raise InvalidRecipeError("--finetune needs --data to train on")
+
+
+def _open(source: Any, model: onnx.ModelProto) -> Dataset | None:
+    if source is None:
+        return None
+    from onnxprune.data import open_data
+
+    return open_data(source, model)
+
+
+def _feeds(model: onnx.ModelProto, data: Dataset | None, seed: int) -> list[Feeds]:
+    """Inputs for the checks: random ones, and real ones where there are some."""
+    from onnxprune import runtime
+
+    feeds: list[Feeds] = [runtime.random_feeds(model, seed=seed)]
+    if data is not None:
+        first = next(iter(data.batches(4)), None)
+        if first is not None:
+            feeds.append(first.feeds)
+    return feeds
+
+
+def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]) -> _Verified:
+    """Select and apply; where the result differs from its twin, keep the faulty groups and try again."""
+    from onnxprune.passes.apply import Applied, apply_keep
+    from onnxprune.passes.score import score
+    from onnxprune.passes.select import select
+
+    coupling = analysis.coupling
+    scores = score(coupling, options.criterion, seed=options.seed)
+    fixed = matching_units(coupling, options.keep)
+    tolerance = default_tolerance(analysis.model)
+    faulty: list[Group] = []
+    notes: list[str] = []
+    for _ in range(MAX_REPAIRS):
+        keep = select(
+            coupling, analysis.groups, scores, analysis.cost, options.budget, options.limits, fixed
+        )
+        if keep.all():
+            return _Verified(
+                keep, Applied(analysis.model, {}), None, (*notes, "nothing was removed")
+            )
+        if not options.check:
+            return _Verified(keep, apply_keep(coupling, keep), None, tuple(notes))
+        report, applied = _verify(analysis, keep, feeds, tolerance, options, faulty)
+        if applied is not None and report.passed:
+            return _Verified(keep, applied, report, tuple(notes))
+        blamed = find_faulty(
+            analysis.groups,
+            keep,
+            lambda k: is_sound(coupling, k, feeds, tolerance, options.threads),
+        )
+        if not blamed:
+            raise VerificationError("; ".join(report.problems) or "the pruned model is wrong")
+        faulty += blamed
+        fixed = np.union1d(fixed, units_of(blamed)).astype(np.int32)
+        notes += [f"group {g.name} was kept: its pruning failed the check" for g in blamed]
+    raise VerificationError(f"the pruned model was still wrong after {MAX_REPAIRS} repairs")
+
+
+def _verify(
+    analysis: Analysis,
+    keep: Mask,
+    feeds: Sequence[Feeds],
+    tolerance: float,
+    options: Options,
+    faulty: Sequence[Group],
+) -> tuple[CheckReport, Applied | None]:
+    from onnxprune.passes.apply import apply_keep
+
+    applied: Applied | None = None
+    error: float | None = None
+    try:
+        applied = apply_keep(analysis.coupling, keep)
+        problems = structure_problems(applied.model, analysis.model)
+        error = twin_error(analysis.coupling, keep, applied.model, feeds, options.threads)
+        if not error <= tolerance:
+            problems.append(f"differs from its masked twin by {error:.3g}, more than {tolerance:g}")
+    except (OnnxPruneError, ValueError, IndexError, KeyError, AssertionError) as failure:
+        problems = [str(failure)]
+    report = CheckReport(
+        passed=not problems,
+        structure=applied is not None and error is not None,
+        max_error=error,
+        tolerance=tolerance,
+        feeds=len(feeds),
+        reference="the masked twin",
+        problems=tuple(problems),
+        faulty=tuple(g.name for g in faulty),
+    )
+    return report, applied
+
+
+def _planned_keep(groups: Sequence[Group], plan: Plan, everything: Mask) -> Mask:
+    keep = everything.copy()
+    if [(g.name, g.size, g.width) for g in groups] != [
+        (p.name, p.units, p.width) for p in plan.groups
+    ]:
+        raise InvalidRecipeError(
+            "the plan's groups are not this model's; it was made by another version"
+        )
+    for group, planned in zip(groups, plan.groups, strict=True):
+        if (
+            any(not 0 <= i < group.size for i in planned.removed)
+            or len(planned.removed) >= group.size
+        ):
+            raise InvalidRecipeError(
+                f"the plan removes units that group {group.name!r} does not have"
+            )
+        keep[group.units[list(planned.removed)]] = False
+    return keep
+
+
+def _plan(analysis: Analysis, verified: _Verified) -> Plan:
+    groups = tuple(
+        PlannedGroup(
+            g.name,
+            g.size,
+            g.width,
+            g.exact,
+            tuple(np.flatnonzero(~verified.keep[g.units]).tolist()),
+        )
+        for g in analysis.groups
+    )
+    return Plan(
+        fingerprint(analysis.model), dict(verified.applied.slices), groups, planned_frozen(analysis)
+    )
+
+
+def _rebuild(
+    original: onnx.ModelProto,
+    pruned: onnx.ModelProto,
+    train: Dataset | None,
+    held_out: Dataset | None,
+    options: Options,
+    progress: Progress,
+) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
+    """Win accuracy back; each step says what it bought."""
+    steps: list[dict[str, Any]] = []
+    if train is None:
+        return pruned, steps
+    steps.append({"step": "pruned", **_metrics(pruned, held_out, original, options.threads)})
+    model = _reestimate(pruned, train)
+    if model is not pruned:
+        steps.append(
+            {"step": "reestimate-batchnorm", **_metrics(model, held_out, original, options.threads)}
+        )
+    if options.finetune:
+        from onnxprune.passes.finetune import Finetune
+
+        start = time.perf_counter()
+        tune = Finetune(epochs=options.finetune, seed=options.seed, threads=options.threads)
+        result = tune(model, teacher=original, data=train, val=held_out, progress=progress)
+        model = result.model
+        steps.append(
+            {
+                "step": "finetune",
+                "epochs": options.finetune,
+                "best_epoch": result.best_epoch,
+                "seconds_per_epoch": (time.perf_counter() - start) / options.finetune,
+                "frozen": dict(result.frozen),
+                **_metrics(model, held_out, original, options.threads),
+            }
+        )
+    return model, steps
+
+
+def _reestimate(model: onnx.ModelProto, data: Dataset) -> onnx.ModelProto:
+    if not any(node.op_type == "BatchNormalization" for node in model.graph.node):
+        return model
+    from onnxprune.passes.reestimate_batchnorm import ReestimateBatchNorm
+
+    return ReestimateBatchNorm(samples=CALIBRATION_SAMPLES)(model, data)
+
+
+def _metrics(
+    model: onnx.ModelProto,
+    data: Dataset | None,
+    reference: onnx.ModelProto | None,
+    threads: int | None,
+) -> dict[str, float]:
+    if data is None:
+        return {}
+    from onnxprune.metrics import evaluate
+
+    return evaluate(model, data, threads=threads, reference=reference)
+
+
+def _compare(sessions: Sequence[Any], data: Dataset, threads: int | None) -> dict[str, float]:
+    from onnxprune.metrics import evaluate
+
+    return evaluate(sessions[1], data, threads=threads, reference=sessions[0])
+
+
+def _report(
+    analysis: Analysis,
+    verified: _Verified,
+    rebuilt: onnx.ModelProto,
+    held_out: Dataset | None,
+    options: Options,
+    feeds: Sequence[Feeds],
+    steps: list[dict[str, Any]],
+) -> Report:
+    original, keep = analysis.model, verified.keep
+    before = measured_cost(analysis, original, analysis.everything)
+    after = measured_cost(analysis, rebuilt, keep)
+    checks = [c for c in (verified.report,) if c is not None]
+    old = _metrics(original, held_out, None, options.threads) if held_out is not None else {}
+    new = _metrics(rebuilt, held_out, original, options.threads)
+    before, after = _with_latency(original, rebuilt, before, after, feeds, options)
+    if options.check:
+        checks.append(_behaviour(original, rebuilt, old, new, options, len(feeds)))
+    target = options.budget
+    return Report(
+        before=replace(before, metrics=old),
+        after=replace(after, metrics=new),
+        layers=layer_rows(analysis, keep),
+        budget={
+            "kind": target.kind,
+            "target": target.value,
+            "reached": _reached(analysis, keep, options),
+        },
+        options={
+            "scope": options.limits.scope,
+            "criterion": options.criterion,
+            "round_to": options.limits.round_to,
+            "min_keep": options.limits.min_keep,
+            "keep": list(options.keep),
+            "finetune": options.finetune,
+            "max_drop": options.max_drop,
+            "seed": options.seed,
+        },
+        checks=tuple(checks),
+        rebuild=tuple(steps),
+        notes=verified.notes,
+        seconds={},
+    )
+
+
+def _reached(analysis: Analysis, keep: Mask, options: Options) -> float:
+    whole = analysis.everything
+    cost = analysis.cost
+    if options.budget.kind == "macs":
+        return cost.macs(keep) / max(cost.macs(whole), 1.0)
+    if options.budget.kind == "params":
+        return cost.params(keep) / max(cost.params(whole), 1.0)
+    if options.budget.kind == "size-mb":
+        return cost.size_mb(keep)
+    prunable = (
+        np.concatenate([g.units for g in analysis.groups]) if analysis.groups else np.zeros(0, int)
+    )
+    return float(keep[prunable].mean()) if prunable.size else 1.0
+
+
+def _with_latency(
+    original: onnx.ModelProto,
+    rebuilt: onnx.ModelProto,
+    before: Cost,
+    after: Cost,
+    feeds: Sequence[Feeds],
+    options: Options,
+) -> tuple[Cost, Cost]:
+    """Both latencies, measured in turns so that they share what else the machine does."""
+    from onnxprune import runtime
+
+    sessions = [runtime.session(m, threads=options.threads) for m in (original, rebuilt)]
+    times = runtime.latencies_ms([(s, feeds[0]) for s in sessions])
+    return replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
+
+
+def _behaviour(
+    original: onnx.ModelProto,
+    rebuilt: onnx.ModelProto,
+    old: Mapping[str, float],
+    new: Mapping[str, float],
+    options: Options,
+    feeds: int,
+) -> CheckReport:
+    """Level 3: the finished model answers as the original does, within the asked budget."""
+    problems = structure_problems(rebuilt, original)
+    metric = next((m for m in ("accuracy", "agreement") if m in new), None)
+    if options.max_drop is not None:
+        if metric is None:
+            problems.append(
+                "--max-drop was given, but there is no metric: add --val data with labels"
+            )
+        else:
+            drop = 100 * (old.get(metric, 1.0) - new[metric])
+            if drop > options.max_drop + 1e-9:
+                problems.append(
+                    f"{metric} fell by {drop:.2f} points, more than --max-drop {options.max_drop:g}"
+                )
+    return CheckReport(
+        passed=not problems,
+        structure=not problems,
+        max_error=None,
+        tolerance=None,
+        feeds=feeds,
+        reference="the original model",
+        agreement=new.get("agreement"),
+        metrics=new,
+        problems=tuple(problems),
+    )

@@ -1,0 +1,161 @@
+"""Importance of each unit, from the weights alone.
+
+A criterion gives every index of one weight axis a number; a unit's importance is their sum (or mean, or largest) over all
+weights that it reaches: what makes the channel, and what reads it (Fang et al., DepGraph, 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.coupling import Coupling
+from onnxprune.errors import InvalidRecipeError
+from onnxprune.graph import Node
+
+Scores = NDArray[np.float64]
+Reduction = Literal["sum", "mean", "max"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One labelled axis of one weight: `array` is [n, *rest] with that axis first, `role` what it does."""
+
+    array: NDArray[Any]
+    name: str
+    role: Literal["makes", "reads", "scales"]
+    node: Node
+    rng: np.random.Generator
+
+
+Criterion = Callable[[Member], "NDArray[Any] | None"]
+_CRITERIA: dict[str, Criterion] = {}
+
+
+def criterion(name: str) -> Callable[[Criterion], Criterion]:
+    """Register a criterion under the name that `--criterion` takes."""
+
+    def register(function: Criterion) -> Criterion:
+        _CRITERIA[name] = function
+        return function
+
+    return register
+
+
+def criteria() -> Mapping[str, Criterion]:
+    """The registered criteria by name."""
+    return MappingProxyType(_CRITERIA)
+
+
+def _flat(member: Member) -> NDArray[np.float32]:
+    return np.ascontiguousarray(member.array, np.float32).reshape(member.array.shape[0], -1)
+
+
+@criterion("l2")
+def l2(member: Member) -> NDArray[Any] | None:
+    """Squared L2 norm of each slice; summed over a unit it is the unit's squared norm (Li et al., 2017)."""
+    if member.role == "scales":
+        return None
+    x = _flat(member)
+    return np.einsum("ij,ij->i", x, x)
+
+
+@criterion("l1")
+def l1(member: Member) -> NDArray[Any] | None:
+    """L1 norm of each slice (Li et al., Pruning Filters for Efficient ConvNets, 2017)."""
+    if member.role == "scales":
+        return None
+    return np.asarray(np.abs(_flat(member)).sum(axis=1))
+
+
+@criterion("bn-scale")
+def bn_scale(member: Member) -> NDArray[Any] | None:
+    """Size of the BatchNormalization scale (Liu et al., Network Slimming, 2017)."""
+    if member.role != "scales" or member.node.op_type != "BatchNormalization":
+        return None
+    return np.asarray(np.abs(_flat(member)).sum(axis=1))
+
+
+@criterion("fpgm")
+def fpgm(member: Member) -> NDArray[Any] | None:
+    """Distance to all other filters: near the geometric median is redundant (He et al., FPGM, 2019)."""
+    if member.role != "makes":
+        return None
+    x = _flat(member).astype(np.float64)
+    square = np.einsum("ij,ij->i", x, x)
+    distance = np.maximum(square[:, None] + square[None, :] - 2 * (x @ x.T), 0)
+    return np.asarray(np.sqrt(distance).sum(axis=1))
+
+
+@criterion("lamp")
+def lamp(member: Member) -> NDArray[Any] | None:
+    """Squared norm over the sum of all squared norms not smaller (Lee et al., LAMP, 2021)."""
+    norm = l2(member)
+    if norm is None:
+        return None
+    order = np.argsort(norm)
+    tail = np.cumsum(norm[order][::-1])[::-1]
+    score = np.empty_like(norm)
+    score[order] = norm[order] / np.maximum(tail, np.finfo(np.float32).tiny)
+    return score
+
+
+@criterion("random")
+def random(member: Member) -> NDArray[Any] | None:
+    """Uniform random numbers: the control group."""
+    return member.rng.random(member.array.shape[0]) if member.role == "makes" else None
+
+
+def score(
+    coupling: Coupling, name: str = "l2", *, reduction: Reduction = "sum", seed: int = 0
+) -> Scores:
+    """Importance of every unit, [units]; unit 0 (frozen) gets infinity.
+
+    Raises:
+        InvalidRecipeError: no criterion has this name.
+    """
+    if name not in _CRITERIA:
+        raise InvalidRecipeError(
+            f"no criterion {name!r}: choose one of {', '.join(sorted(_CRITERIA))}"
+        )
+    rng = np.random.default_rng(seed)
+    total = np.zeros(coupling.solution.units)
+    seen = np.zeros(coupling.solution.units)
+    for labels, values in _members(coupling, _CRITERIA[name], rng):
+        unit = coupling.solution.unit[np.maximum(labels, 0)]
+        if reduction == "max":
+            np.maximum.at(total, unit, values)
+        else:
+            total += np.bincount(unit, values, total.size)
+            seen += np.bincount(unit, minlength=total.size)
+    if not seen.any() and reduction != "max" and name != "l2":
+        return score(coupling, "l2", reduction=reduction, seed=seed)
+    if reduction == "mean":
+        total /= np.maximum(seen, 1)
+    total[0] = np.inf
+    return total
+
+
+def _members(coupling: Coupling, rule: Criterion, rng: np.random.Generator) -> Any:
+    makers = {id(labels) for _, labels in coupling.products}
+    for name, uses in coupling.constants.items():
+        constant = coupling.graph.constants[name]
+        if not constant.is_float:
+            continue
+        free = {use: [b for b in layout if (b.labels > 0).any()] for use, layout in uses.items()}
+        chosen = list(free.items()) if constant.is_vector else list(free.items())[:1]
+        array: NDArray[Any] | None = None
+        for (index, _), blocks in chosen:
+            node = coupling.graph.nodes[index]
+            for block in blocks:
+                array = constant.array() if array is None else array
+                makes = id(block.labels) in makers
+                role = "scales" if constant.is_vector else "makes" if makes else "reads"
+                values = rule(Member(np.moveaxis(array, block.axes[0], 0), name, role, node, rng))  # type: ignore[arg-type]
+                if values is not None:
+                    yield block.labels, np.asarray(values, np.float64)
