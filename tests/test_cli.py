@@ -174,6 +174,7 @@ class TestTranscripts:
             f"{head} 0.5 --finetune -1",
             f"{head} 0.5 --max-drop 1",
             f"{head} 0.5 --max-drop 101 --val v.npz",
+            f"{head} 0.5 --max-drop 1 --val v.npz --no-check",
             f"{head} 0.5 --plan out.onnx",
             f"{head} 0.5 --report r.txt",
             "prune in.onnx folder --channels 0.5",
@@ -239,7 +240,7 @@ class TestPrune:
         command = (
             "prune in.onnx out.onnx --size-mb 2.5 --scope exact --criterion fpgm --round-to 8 "
             "--min-keep 0.2 --keep stem* --keep head* --data d.npz --val v.npz --finetune 3 "
-            "--max-drop 1 --no-check --seed 7 --threads 2 -q"
+            "--max-drop 1 --seed 7 --threads 2 -q"
         )
         assert cli.main(command.split()) == 0
         del call.options["progress"]
@@ -257,10 +258,15 @@ class TestPrune:
             "val": "v.npz",
             "finetune": 3,
             "max_drop": 1.0,
-            "check": False,
+            "check": True,
             "seed": 7,
             "threads": 2,
         }
+
+    def test_checks_can_be_left_out(self, library: Any) -> None:
+        call = library("prune", result())
+        assert cli.main(["prune", "in.onnx", "out.onnx", "--macs", "0.5", "--no-check"]) == 0
+        assert call.options["check"] is False
 
     @pytest.mark.parametrize("name", ["channels", "macs", "params"])
     def test_a_budget_of_one_is_allowed(self, name: str, library: Any) -> None:
