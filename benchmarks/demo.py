@@ -15,7 +15,7 @@ from onnxprune import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out"
-MACS, MAX_DROP, EPOCHS = 0.5, 1.0, 20
+MACS, MAX_DROP, EPOCHS = 0.5, 1.0, 15
 
 
 def main() -> int:
@@ -30,6 +30,8 @@ def main() -> int:
         f"--macs={MACS}",
         f"--data={ROOT / 'models' / 'digits_train.npz'}",
         f"--val={ROOT / 'models' / 'digits_test.npz'}",
+        "--round-to=8",
+        "--threads=1",
         f"--finetune={EPOCHS}",
         f"--max-drop={MAX_DROP}",
         f"--plan={OUT / 'demo_plan.json'}",
