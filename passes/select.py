@@ -21,6 +21,8 @@ from onnxprune.groups import Group, Units
 from onnxprune.rewriting import Mask
 
 Scores = NDArray[np.float64]
+#: How much a layer's cost counts against its importance: 0 prunes all layers alike, 1 prefers the dear ones most.
+PRICE_POWER = 0.15
 BudgetKind = Literal["channels", "macs", "params", "size-mb"]
 
 
@@ -127,9 +129,8 @@ def _global(
     ranks, owners = [], []
     for i, choice in enumerate(choices):
         able = choice.order[: choice.size - choice.floor]
-        mean = max(float(scores[choice.order].mean()), np.finfo(np.float64).tiny)
-        price = max(float(per_unit[choice.order].mean()), 1e-12)
-        ranks.append(scores[able] / mean / math.sqrt(price))
+        price = max(float(per_unit[choice.order].sum()), 1e-12)
+        ranks.append(_harm(scores[choice.order], choice.size)[: able.size] / price**PRICE_POWER)
         owners.append(np.full(able.size, i))
     rank = np.concatenate(ranks) if ranks else np.zeros(0)
     owner = np.concatenate(owners) if owners else np.zeros(0, np.int64)
@@ -152,6 +153,16 @@ def _global(
         else:
             low = middle + 1
     return at(high)
+
+
+def _harm(importance: Scores, size: int) -> Scores:
+    """What each next removal costs its group: its share of the importance that is left by then.
+
+    The share grows as a group empties, so that no layer is drained while others are full (the idea of
+    LAMP, Lee et al., 2021).
+    """
+    left = np.cumsum(importance[::-1])[::-1]
+    return np.maximum.accumulate(size * importance / np.maximum(left, np.finfo(np.float64).tiny))
 
 
 def _unreachable(budget: Budget, least: float, whole: float, limits: Limits) -> BudgetError:
