@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-import onnxprune
 from onnxprune.errors import InvalidRecipeError, OnnxPruneError
 
 if TYPE_CHECKING:
@@ -197,6 +196,7 @@ def prune(
     debug: Debug = False,
 ) -> int:
     """Prune a model to a budget, rebuild it with data if there is some, check it, and write it."""
+    from onnxprune import pipeline
     from onnxprune.report.outputs import Outputs
     from onnxprune.report.progress import progress
 
@@ -204,7 +204,7 @@ def prune(
         _check_promise(max_drop, data or val, no_check)
     outputs = Outputs(target, plan, report)
     with progress(quiet) as listener:
-        result = onnxprune.prune(
+        result = pipeline.prune(
             source,
             channels=channels,
             macs=macs,
@@ -236,10 +236,11 @@ def inspect(
     debug: Debug = False,
 ) -> int:
     """Show what a model costs, what can be pruned, and what is frozen and why."""
+    from onnxprune import pipeline
     from onnxprune.report.console import show_inspection, stdout_console
     from onnxprune.report.json import inspection_json
 
-    inspection = onnxprune.inspect(source)
+    inspection = pipeline.inspect(source)
     if json:
         print(inspection_json(inspection), end="")
     else:
@@ -255,13 +256,14 @@ def apply(
     debug: Debug = False,
 ) -> int:
     """Replay a plan on the model that it was made for."""
+    from onnxprune import pipeline
     from onnxprune.plan import Plan
     from onnxprune.report.outputs import Outputs
 
     outputs = Outputs(target)
     if not plan.is_file():
         raise InvalidRecipeError(f"plan '{plan}': no such file")
-    model = onnxprune.apply(source, Plan.from_json(plan.read_text(encoding="utf-8")))
+    model = pipeline.apply(source, Plan.from_json(plan.read_text(encoding="utf-8")))
     outputs.write(model)
     print(f"wrote {outputs.names}")
     return FINE
@@ -278,11 +280,12 @@ def check(
     debug: Debug = False,
 ) -> int:
     """Check that B is a sound model which answers as A does."""
+    from onnxprune import pipeline
     from onnxprune.report.console import show_check, stdout_console
 
     if tolerance is not None and not tolerance >= 0:
         raise InvalidRecipeError(f"--tolerance {tolerance:g}: must not be negative")
-    outcome = onnxprune.check(
+    outcome = pipeline.check(
         reference, candidate, data=data, tolerance=tolerance, seed=seed, threads=threads
     )
     show_check(stdout_console(), outcome)

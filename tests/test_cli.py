@@ -16,8 +16,7 @@ from typing import Any
 import onnx
 import pytest
 
-import onnxprune
-from onnxprune import cli
+from onnxprune import cli, pipeline
 from onnxprune.errors import (
     BudgetError,
     InvalidDataError,
@@ -98,7 +97,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, object], Call]:
 
     def put(name: str, answer: object) -> Call:
         call = Call(answer)
-        monkeypatch.setattr(onnxprune, name, call, raising=False)
+        monkeypatch.setattr(pipeline, name, call)
         return call
 
     return put
@@ -370,9 +369,9 @@ class TestErrors:
 
     def test_interrupt_of_a_process(self) -> None:
         script = (
-            "import sys, time, onnxprune; from onnxprune import cli\n"
+            "import sys, time; from onnxprune import cli, pipeline\n"
             "def wait(*a, **k): print('ready', flush=True); time.sleep(60)\n"
-            "onnxprune.inspect = wait\n"
+            "pipeline.inspect = wait\n"
             "sys.exit(cli.main(['inspect', 'in.onnx']))"
         )
         with subprocess.Popen(
@@ -417,10 +416,8 @@ class TestTop:
     def test_setup_training(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        import onnxprune.training
-
         call = Call(Path("/somewhere/training"))
-        monkeypatch.setattr(onnxprune.training, "setup_training", call, raising=False)
+        monkeypatch.setattr("onnxprune.training.setup_training", call)
         assert cli.main(["setup-training"]) == 0
         assert capsys.readouterr().out == "training runtime: /somewhere/training\n"
 

@@ -71,7 +71,8 @@ def check_summary(check: CheckReport) -> str:
     """A check's outcome and its numbers in one line."""
     facts = ["structure fine" if check.structure else "structure broken"]
     if check.max_error is not None:
-        error = f"largest error {check.max_error:.1e} on {check.feeds} feeds"
+        feeds = "1 feed" if check.feeds == 1 else f"{check.feeds} feeds"
+        error = f"largest error {check.max_error:.1e} on {feeds}"
         if check.tolerance is not None:
             error += f" (tolerance {check.tolerance:.1e})"
         facts.append(f"{error} against {check.reference}")
