@@ -97,6 +97,7 @@ class Coupling:
     settled: Mapping[int, tuple[Block, dict[int, Labels]]]
     notes: Mapping[int, Labels]
     keepers: tuple[Labels, ...]
+    interpreted: frozenset[int]
 
 
 @dataclass
@@ -120,6 +121,7 @@ class Interpreter:
     notes: dict[int, Labels] = field(default_factory=dict)
     keepers: list[Labels] = field(default_factory=list)
     captured: set[str] = field(default_factory=set)
+    interpreted: set[int] = field(default_factory=set)
     static: set[str] = field(default_factory=set)
     touched: set[tuple[int, int]] = field(default_factory=set)
 
@@ -128,6 +130,7 @@ class Interpreter:
     def begin(self, node: Node) -> None:
         """A rule is about to look at `node`."""
         self.touched.clear()
+        self.interpreted.add(node.index)
         if all(not name or self.is_static(node, slot) for slot, name in enumerate(node.inputs)):
             self.static.update(node.outputs)
 
@@ -366,6 +369,7 @@ def couple(graph: Graph, shapes: Shapes, *, granularity: str = "head") -> Coupli
         settled=state.settled,
         notes=state.notes,
         keepers=tuple(state.keepers),
+        interpreted=frozenset(state.interpreted),
     )
 
 

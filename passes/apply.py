@@ -64,7 +64,7 @@ def apply_keep(coupling: Coupling, keep: Mask) -> Applied:
         _slice_constant(state, graph.constants[name])
     for node in graph.nodes:
         rewrite = REWRITES.get((node.domain, node.op_type))
-        if rewrite is not None:
+        if rewrite is not None and node.index in coupling.interpreted:
             rewrite(node, rewriter)
     _place_operands(state, rewriter.edits)
     return Applied(_assemble(state, rewriter.edits), state.slices)

@@ -1,9 +1,9 @@
 """The conformance set: real exports as skeletons, filled with deterministic weights on loading.
 
-`skeletons.tar.xz` holds FAMILY-NAME-EXPORTER.onnx: graphs exported from torchvision, timm, Hugging
-Face transformers, ultralytics and small nets of tricky structure, randomly initialized; `-ts` by the
-TorchScript exporter, `-dyn` by torch.export. Large float tensors carry no data; their doc_string is
-`fill MEAN STD`.
+`skeletons.tar.xz` holds FAMILY-NAME-EXPORTER.onnx: graphs exported from torchvision, timm,
+Hugging Face transformers, ultralytics and small nets of tricky structure, randomly initialized;
+`-ts` by the TorchScript exporter, `-dyn` by torch.export. Large float tensors carry no data; their
+doc_string is `fill MEAN STD`.
 """
 
 from __future__ import annotations
