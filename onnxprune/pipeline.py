@@ -31,7 +31,13 @@ from onnxprune.check import (
     twin_error,
     units_of,
 )
-from onnxprune.errors import InvalidRecipeError, OnnxPruneError, VerificationError
+from onnxprune.cost import count_params
+from onnxprune.errors import (
+    InvalidModelError,
+    InvalidRecipeError,
+    OnnxPruneError,
+    VerificationError,
+)
 from onnxprune.groups import Group, matching_units
 from onnxprune.plan import Plan, PlannedGroup, fingerprint
 from onnxprune.progress import Progress, Silent
@@ -153,6 +159,7 @@ def prune(
         train, held_out = _open(data, original), _open(val if val is not None else data, original)
     with clock.stage("analyse", listener):
         analysis = analyse(original)
+        _check_prunable(analysis)
     with clock.stage("prune", listener):
         feeds = _feeds(original, train, seed)
         verified = _prune_verified(analysis, options, feeds)
@@ -274,6 +281,14 @@ def _check_ranges(min_keep: float, round_to: int, scope: str, finetune: int, dat
         raise InvalidRecipeError("--finetune needs --data to train on")
 
 
+def _check_prunable(analysis: Analysis) -> None:
+    if count_params(analysis.coupling.graph.model) == 0:
+        raise InvalidModelError(
+            "the model has no weights of a type that can be pruned (float or 8- and 4-bit integers): "
+            "export it with its weights"
+        )
+
+
 def _open(source: Any, model: onnx.ModelProto) -> Dataset | None:
     if source is None:
         return None
@@ -311,9 +326,7 @@ def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]
             coupling, analysis.groups, scores, analysis.cost, options.budget, options.limits, fixed
         )
         if keep.all():
-            return _Verified(
-                keep, Applied(analysis.model, {}), None, (*notes, "nothing was removed")
-            )
+            return _Verified(keep, Applied(analysis.model, {}), None, (*notes, _nothing(options)))
         if not options.check:
             return _Verified(keep, apply_keep(coupling, keep), None, tuple(notes))
         report, applied = _verify(analysis, keep, feeds, tolerance, options, faulty)
@@ -330,6 +343,14 @@ def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]
         fixed = np.union1d(fixed, units_of(blamed)).astype(np.int32)
         notes += [f"group {g.name} was kept: its pruning failed the check" for g in blamed]
     raise VerificationError(f"the pruned model was still wrong after {MAX_REPAIRS} repairs")
+
+
+def _nothing(options: Options) -> str:
+    advice = "; --scope all reaches more" if options.limits.scope == "exact" else ""
+    return (
+        f"nothing was removed: no channel may go under this budget and --scope "
+        f"{options.limits.scope}{advice}; `onnxprune inspect --why` says what holds them"
+    )
 
 
 def _verify(
