@@ -103,7 +103,7 @@ def show(rows: list[Row]) -> None:
             f"{r.seconds:.2f}",
             r.problem,
         )
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 def main() -> int:
