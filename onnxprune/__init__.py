@@ -1,4 +1,4 @@
-"""Make trained ONNX models smaller and faster after export: structured pruning, repair, verification.
+"""Make trained ONNX models smaller and faster after export: structured pruning and checks.
 
 import onnxprune
 

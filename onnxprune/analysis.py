@@ -9,7 +9,7 @@ import onnx
 
 from onnxprune.cost import CostModel, cost_model, count_params, size_bytes
 from onnxprune.coupling import Coupling, couple
-from onnxprune.graph import Graph
+from onnxprune.graph import Graph, Node
 from onnxprune.groups import Group, find_groups
 from onnxprune.labels import Block
 from onnxprune.plan import FrozenAxis
@@ -80,11 +80,8 @@ def layer_rows(analysis: Analysis, keep: Mask) -> tuple[LayerRow, ...]:
     return tuple(rows.values())
 
 
-def _extra(rewriter: Rewriter, node: object, after: bool) -> int:
+def _extra(rewriter: Rewriter, node: Node, after: bool) -> int:
     """The elements of a node's bias."""
-    from onnxprune.graph import Node
-
-    assert isinstance(node, Node)
     slot = 3 if node.op_type in ("LSTM", "GRU", "RNN") else 2
     if not node.input(slot) or node.op_type == "Einsum":
         return 0

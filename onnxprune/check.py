@@ -1,4 +1,4 @@
-"""The three levels of checking: the graph is sound, it computes what its masked twin computes, it answers as before."""
+"""The three levels of checking: sound graph, equal to its masked twin, answers as before."""
 
 from __future__ import annotations
 
@@ -133,7 +133,8 @@ def find_faulty(
 ) -> tuple[Group, ...]:
     """Bisect: the groups without whose removals the model is sound.
 
-    `sound(keep)` tells whether a choice passes the checks. Groups that fail only together are all blamed.
+    `sound(keep)` tells whether a choice passes the checks. Groups that fail only together are all
+    blamed.
     """
     touched = [g for g in groups if not keep[g.units].all()]
 

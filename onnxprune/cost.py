@@ -1,4 +1,4 @@
-"""What a model costs, for any choice of units: parameters and multiply-adds, evaluated without building the model."""
+"""Parameters and multiply-adds for any choice of units, without building the model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class _Products:
         """Each axis' share that stays."""
         if not self.lengths.size:
             return np.zeros(0)
-        return np.add.reduceat(keep[self.units].astype(np.float64), self.starts) / self.lengths
+        kept = np.add.reduceat(keep[self.units].astype(np.float64), self.starts)
+        return np.asarray(kept / self.lengths, np.float64)
 
     def terms(self, keep: Mask) -> NDArray[np.float64]:
         """Each term's value."""
@@ -60,7 +61,7 @@ class _Products:
     def per_unit(self, count: int) -> NDArray[np.float64]:
         """What the sum loses, to first order, with each unit."""
         weight = np.repeat(self.size[self.term] / self.lengths, self.lengths)
-        return np.bincount(self.units, weight, count)
+        return np.asarray(np.bincount(self.units, weight, count), np.float64)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""The forward interpretation: one pass over the graph that labels every axis and ties what must be pruned together.
+"""One pass over the graph that labels every axis and ties what must be pruned together.
 
-Each operator's rule (onnxprune.ops) reads the labels of its inputs, ties some, freezes some with a reason, and names the
-labels of its outputs. What remains connected by ties is a *unit*: the set of indices over all tensors that are
-removed together.
+Each operator's rule (onnxprune.ops) reads the labels of its inputs, ties some, freezes some with a
+reason, and names the labels of its outputs. What remains connected by ties is a *unit*: the set of
+indices over all tensors that are removed together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from onnxprune.graph import Constant, Graph, Node
-from onnxprune.labels import Block, Factor, Labels, Layout, Solution, System, reduce_to_varying
+from onnxprune.labels import Block, Factor, Labels, Layout, Solution, System
 from onnxprune.shapes import Dims, Shapes
 
 Array = NDArray[Any]
@@ -25,7 +25,7 @@ Lengths = tuple[tuple[Labels, ...], ...]
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A weighted operator: its MACs are `macs` times the surviving share of each label vector in `axes`.
+    """A weighted operator: `macs`, times the surviving share of each label vector in `axes`.
 
     `weight` is the input slot of its main weight, -1 for products of activations.
     """
@@ -48,7 +48,7 @@ class Contraction:
 
 @dataclass(frozen=True, eq=False)
 class Statistic:
-    """Node `node` computes something over `labels` in which a zero counts: a mean, a maximum, a softmax."""
+    """Node `node` computes over `labels` what a zero changes: a mean, a maximum, a softmax."""
 
     node: int
     labels: Labels
@@ -56,8 +56,10 @@ class Statistic:
 
 @dataclass(frozen=True, eq=False)
 class Shuffle:
-    """A chain from `source` to `target` that permutes one axis: removable indices need not be a product of factors,
-    because the chain can be replaced by a Gather."""
+    """A chain from `source` to `target` that permutes one axis.
+
+    Removable indices need not be a product of factors: a Gather can replace the chain.
+    """
 
     source: str
     axis: int
@@ -69,7 +71,7 @@ class Shuffle:
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """Where a jointly labelled pair of axes came from: the tensor before the split, its axis, the nodes since."""
+    """Where a joint pair of axes came from: tensor before the split, its axis, nodes since."""
 
     tensor: str
     axis: int
@@ -125,7 +127,7 @@ class Interpreter:
     static: set[str] = field(default_factory=set)
     touched: set[tuple[int, int]] = field(default_factory=set)
 
-    # -- around a rule ---------------------------------------------------------------------------------------
+    # -- around a rule -----------------------------------------------------------------------------
 
     def begin(self, node: Node) -> None:
         """A rule is about to look at `node`."""
@@ -145,7 +147,7 @@ class Interpreter:
         """Whether input `slot` is a constant or computed from constants alone."""
         return self.constant(node, slot) is not None or node.input(slot) in self.static
 
-    # -- reading ---------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     def dims(self, node: Node, slot: int) -> Dims:
         """The shape of input `slot`; empty where the input is absent or unknown."""
@@ -167,7 +169,7 @@ class Interpreter:
         return self.graph.constants.get(self.aliases.get(name, name))
 
     def axis(self, node: Node, slot: int, axis: int) -> Labels | None:
-        """The labels of one axis of input `slot`; None where it cannot be pruned (the engine has settled it)."""
+        """The labels of one axis of input `slot`; None where it cannot be pruned (all settled)."""
         dims = self.dims(node, slot)
         axis = axis % len(dims) if dims else axis
         self.touched.add((slot, axis))
@@ -209,7 +211,7 @@ class Interpreter:
             labels[axis] = self.system.fresh(constant.dims[axis])
         return labels[axis]
 
-    # -- stating facts ---------------------------------------------------------------------------------------
+    # -- stating facts -----------------------------------------------------------------------------
 
     def set(self, node: Node, axes: Mapping[int, Labels | None], index: int = 0) -> None:
         """Output `index` carries these labels on these axes; its other axes cannot be pruned."""
@@ -230,7 +232,7 @@ class Interpreter:
             self.layouts[node.outputs[index]] = layout
 
     def tie(self, node: Node, a: Labels | None, b: Labels | None) -> None:
-        """Labels a[i] and b[i] are removed together; None stands for an axis that cannot be pruned."""
+        """Labels a[i] and b[i] are removed together; None is an axis that cannot be pruned."""
         if a is None and b is None:
             return
         if a is None or b is None:
@@ -273,7 +275,7 @@ class Interpreter:
         return labels
 
     def layer(self, node: Node, weight: int, macs: float, *axes: Labels | None) -> None:
-        """The node multiplies: `macs` multiply-adds at full width, shrinking with each of `axes`."""
+        """The node does `macs` multiply-adds at full width, shrinking with each of `axes`."""
         self.layers.append(Layer(node.index, weight, macs, tuple(a for a in axes if a is not None)))
 
     def produce(self, node: Node, labels: Labels | None) -> None:
@@ -318,16 +320,6 @@ class Interpreter:
         """Nothing of input `slot` may be removed."""
         for block in self.layout(node, slot):
             self.freeze(node, block.labels, words)
-
-    def block_over(
-        self, labels: Labels, axes: Sequence[int], node: Node, origin: Any = None
-    ) -> Layout:
-        """The layout of `labels` over `axes`; what cannot be told apart along any axis is frozen."""
-        block = reduce_to_varying(labels, axes, origin)
-        if block is None:
-            self.freeze(node, labels.ravel()[:1], f"the only channel left in {node.title}")
-            return ()
-        return (block,)
 
 
 def couple(graph: Graph, shapes: Shapes, *, granularity: str = "head") -> Coupling:

@@ -1,7 +1,7 @@
 """The errors a caller of onnxprune can meet, one small tree.
 
-Each message says what is wrong, where, and what to do. The command line prints it as one line and exits with
-`exit_code`; it never shows a traceback for a mistake in the input.
+Each message says what is wrong, where, and what to do. The command line prints it as one line and
+exits with `exit_code`; it never shows a traceback for a mistake in the input.
 """
 
 from __future__ import annotations

@@ -25,7 +25,10 @@ _VALUE_FIELDS = ("value_int", "value_ints", "value_float", "value_floats")
 
 
 class Node:
-    """One operator call. `inputs` and `outputs` are tensor names, empty where an optional one is absent."""
+    """One operator call.
+
+    `inputs` and `outputs` are tensor names, empty where an optional one is absent.
+    """
 
     __slots__ = ("_attributes", "domain", "index", "inputs", "op_type", "outputs", "proto")
 
@@ -91,7 +94,10 @@ class Constant:
 
 @dataclass(frozen=True)
 class Graph:
-    """The index over `model`. `nodes` is in topological order; `node.index` is the position in it."""
+    """The index over `model`.
+
+    `nodes` is in topological order; `node.index` is the position in it.
+    """
 
     model: onnx.ModelProto
     nodes: tuple[Node, ...]

@@ -1,7 +1,7 @@
 """Groups: the units that one layer's width is made of, so that a budget can be spread over layers.
 
-Units whose channels are made by the same layers (all channels of a residual stream; all heads of an attention) form a
-group. A unit never belongs to two groups.
+Units whose channels are made by the same layers (all channels of a residual stream; all heads of an
+attention) form a group. A unit never belongs to two groups.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def matching_units(coupling: Coupling, patterns: Sequence[str]) -> Units:
                         found.update(unit[np.maximum(block.labels, 0)].tolist())
         if not hit:
             raise InvalidRecipeError(
-                f"--keep {pattern!r} matches no node and no weight; `onnxprune inspect` lists their names"
+                f"--keep {pattern!r} matches no node and no weight; "
+                "`onnxprune inspect` lists their names"
             )
     return np.array(sorted(found - {0}), np.int32)

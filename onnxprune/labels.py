@@ -1,14 +1,14 @@
-"""The index algebra: labels, ties between them, and the units that must be removed together. Pure numpy.
+"""The index algebra: labels, ties between them, the units removed together. Pure numpy.
 
-A label is a positive integer naming one index along one axis. Two labels that are tied live or die together. Labels
-of zero and below are frozen: -k carries the reason k, 0 none. An axis whose indices are the product of several
-axes (hidden = heads x head size) is related to them by a `Factor`, of which one axis is chosen to stay prunable when
-everything else is known.
+A label is a positive integer naming one index along one axis. Two labels that are tied live or die
+together. Labels of zero and below are frozen: -k carries the reason k, 0 none. An axis whose
+indices are the product of several axes (hidden = heads x head size) is related to them by a
+`Factor`, of which one axis is chosen to stay prunable when everything else is known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,10 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Labels over one axis of a tensor, or jointly over several: labels[i, j, ...] for index i of axes[0], ..."""
+    """Labels over one axis of a tensor, or jointly over several.
+
+    labels[i, j, ...] is the label of index i of axes[0], j of axes[1], ...
+    """
 
     axes: tuple[int, ...]
     labels: Labels
@@ -50,7 +53,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why something is frozen or inexact: the node at which it happened (-1: the model's boundary), and the words."""
+    """Why something is frozen or inexact: the node (-1: the model's boundary), and the words."""
 
     node: int
     words: str
@@ -58,7 +61,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Solution:
-    """unit[label] is the unit of a label, 0 where frozen; frozen_by[label] is a reason number, 0 where free."""
+    """unit[label]: the unit, 0 where frozen; frozen_by[label]: the reason number, 0 where free."""
 
     unit: Labels
     frozen_by: Labels
@@ -99,7 +102,10 @@ class System:
         return np.full(length, -self.reason(node, words), np.int32)
 
     def tie(self, a: Labels, b: Labels, node: int, words: str) -> None:
-        """Labels a[i] and b[i] live or die together. `words` is the reason where one of them is frozen without one."""
+        """Labels a[i] and b[i] live or die together.
+
+        `words` is the reason where one of them is frozen without one.
+        """
         if a is b:
             return
         a, b = a.ravel(), b.ravel()
@@ -209,8 +215,8 @@ def _components(size: int, edges: Sequence[tuple[Labels, Labels]]) -> Labels:
 def _choose(factor: Factor, parts: Labels, frozen: Labels, votes: Labels, stage: str) -> int | None:
     """The axis of `factor` to prune along; None where that should wait for other decisions.
 
-    Those without an alternative come first, then those for which an operator has spoken: what they tie may leave the rest
-    no choice.
+    Those without an alternative come first, then those for which an operator has spoken: what they
+    tie may leave the rest no choice.
     """
     scores = []
     components = np.where(factor.labels > 0, parts[factor.labels], -1)
@@ -253,7 +259,10 @@ def reduce_to_varying(labels: Labels, axes: Sequence[int], origin: Any = None) -
 
 
 def runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Split a reshape into the shortest runs of axes whose products agree. Axes of length 1 are left out."""
+    """Split a reshape into the shortest runs of axes whose products agree.
+
+    Axes of length 1 are left out.
+    """
     a = [i for i, n in enumerate(before) if n != 1]
     b = [i for i, n in enumerate(after) if n != 1]
     found: list[tuple[list[int], list[int]]] = []
@@ -277,15 +286,3 @@ def runs(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], l
                 j += 1
         found.append((left, right))
     return found
-
-
-def transpose(layout: Iterable[Block], perm: Sequence[int]) -> Layout:
-    """The layout after np.transpose(x, perm)."""
-    place = {old: new for new, old in enumerate(perm)}
-    moved = []
-    for block in layout:
-        axes = [place[a] for a in block.axes]
-        order = np.argsort(axes)
-        labels = block.labels if not block.joint else np.transpose(block.labels, order)
-        moved.append(Block(tuple(sorted(axes)), labels, block.origin))
-    return tuple(moved)

@@ -1,4 +1,4 @@
-"""The way through the house: load, analyse, score, select, apply, check, rebuild, check again, report."""
+"""From load to report: analyse, score, select, apply, check, rebuild, check again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import onnx
@@ -189,7 +189,8 @@ def apply(model: Source, plan: Plan) -> onnx.ModelProto:
     original = io.load(model)
     if fingerprint(original)["structure_sha256"] != plan.model.get("structure_sha256"):
         raise InvalidRecipeError(
-            f"the plan was made for another model ({plan.model.get('name')!r}, {plan.model.get('nodes')} nodes)"
+            "the plan was made for another model "
+            f"({plan.model.get('name')!r}, {plan.model.get('nodes')} nodes)"
         )
     analysis = analyse(original)
     keep = _planned_keep(analysis.groups, plan, analysis.everything)
@@ -198,7 +199,8 @@ def apply(model: Source, plan: Plan) -> onnx.ModelProto:
     applied = apply_keep(analysis.coupling, keep)
     if dict(applied.slices) != dict(plan.initializers):
         raise InvalidRecipeError(
-            "the plan contradicts itself: its groups do not give the shapes of its initializers; make a new plan"
+            "the plan contradicts itself: its groups do not give the shapes of its initializers; "
+            "make a new plan"
         )
     return applied.model
 
@@ -247,11 +249,11 @@ def check(
     )
 
 
-# -- stages ----------------------------------------------------------------------------------------------------
+# -- stages ----------------------------------------------------------------------------------------
 
 
 def _budget(**asked: float | None) -> Any:
-    from onnxprune.passes.select import Budget
+    from onnxprune.passes.select import Budget, BudgetKind
 
     given = {k.replace("_", "-"): v for k, v in asked.items() if v is not None}
     if len(given) != 1:
@@ -263,7 +265,7 @@ def _budget(**asked: float | None) -> Any:
             raise InvalidRecipeError(f"--size-mb {value:g} is not a size: it must be above 0")
     elif not 0 < value <= 1:
         raise InvalidRecipeError(f"--{kind} {value:g} is out of range: a share must be in (0, 1]")
-    return Budget(kind, float(value))  # type: ignore[arg-type]
+    return Budget(cast(BudgetKind, kind), float(value))
 
 
 def _check_ranges(min_keep: float, round_to: int, scope: str, finetune: int, data: Any) -> None:
@@ -284,7 +286,8 @@ def _check_ranges(min_keep: float, round_to: int, scope: str, finetune: int, dat
 def _check_prunable(analysis: Analysis) -> None:
     if count_params(analysis.coupling.graph.model) == 0:
         raise InvalidModelError(
-            "the model has no weights of a type that can be pruned (float or 8- and 4-bit integers): "
+            "the model has no weights of a type that can be pruned "
+            "(float or 8- and 4-bit integers): "
             "export it with its weights"
         )
 
@@ -310,7 +313,7 @@ def _feeds(model: onnx.ModelProto, data: Dataset | None, seed: int) -> list[Feed
 
 
 def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]) -> _Verified:
-    """Select and apply; where the result differs from its twin, keep the faulty groups and try again."""
+    """Select and apply; where the result differs from its twin, keep the faulty groups, again."""
     from onnxprune.passes.apply import Applied, apply_keep
     from onnxprune.passes.score import score
     from onnxprune.passes.select import select

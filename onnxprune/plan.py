@@ -1,4 +1,4 @@
-"""The plan: what is removed from which weights, as data that can be written, reviewed, diffed and replayed."""
+"""The plan: what is removed from which weights, as data to write, review, diff and replay."""
 
 from __future__ import annotations
 

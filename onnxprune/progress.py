@@ -12,7 +12,7 @@ class Progress(Protocol):
         """A new stage begins; `total` is its number of steps where that is known."""
 
     def step(self, done: int, **info: float) -> None:
-        """`done` steps of the present stage are finished; `info` carries numbers to show (loss, accuracy)."""
+        """`done` steps of this stage are finished; `info` has numbers to show (loss, accuracy)."""
 
 
 class Silent:

@@ -1,4 +1,4 @@
-"""What a run hands back: measured costs, the outcome of every check, and the report that holds them."""
+"""What a run hands back: measured costs, the outcome of every check, the report of both."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from onnxprune.plan import Plan
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model costs. `latency_ms` is the median of ONNX Runtime runs; metrics are by name, in [0, 1]."""
+    """What a model costs.
+
+    `latency_ms` is the median of ONNX Runtime runs; metrics are by name, in [0, 1].
+    """
 
     params: int
     macs: int
@@ -40,9 +43,10 @@ class LayerRow:
 class CheckReport:
     """The outcome of the checks that ran.
 
-    `structure`: the graph is valid and runs, inputs and outputs kept. `max_error`: the largest difference over
-    all outputs and feeds, relative to the largest magnitude of the reference output; None where level 2 did not run.
-    `agreement`: share of equal top-1 answers, None without a class axis. `problems`: one sentence each.
+    `structure`: the graph is valid and runs, inputs and outputs kept. `max_error`: the largest
+    difference over all outputs and feeds, relative to the largest magnitude of the reference
+    output; None where level 2 did not run. `agreement`: share of equal top-1 answers, None without
+    a class axis. `problems`: one sentence each.
     """
 
     passed: bool
@@ -87,7 +91,7 @@ class Result:
 
 @dataclass(frozen=True)
 class GroupRow:
-    """Channels that are pruned alike: `units` removable pieces of `width` channels, over `tensors`."""
+    """Channels pruned alike: `units` removable pieces of `width` channels, over `tensors`."""
 
     name: str
     units: int
@@ -100,7 +104,7 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class FrozenRow:
-    """A weight axis that cannot be pruned: the node and the words that froze it, and what that costs."""
+    """A weight axis that cannot be pruned: the node and words that froze it, what that costs."""
 
     tensor: str
     axis: int

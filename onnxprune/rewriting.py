@@ -1,7 +1,7 @@
 """What a rewrite may read after pruning is decided, and how it states its changes.
 
-Shapes are data: reshape targets, split sizes, slice bounds, group counts follow from what is left of the tensors that they
-describe. Rewrites state edits; `onnxprune.passes.apply` carries them out.
+Shapes are data: reshape targets, split sizes, slice bounds, group counts follow from what is left
+of the tensors that they describe. Rewrites state edits; `onnxprune.passes.apply` carries them out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Rewriter:
         self.edits = Edits()
         self._shuffles = {s.target: s for s in coupling.shuffles}
 
-    # -- reading ---------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     def mask(self, labels: Labels) -> Mask:
         """Which of these labels stay; frozen ones always do."""
@@ -151,7 +151,7 @@ class Rewriter:
         axes = node.attr("axes")
         return None if axes is None else [a % len(self.dims(node, 0)) for a in axes]
 
-    # -- stating changes -------------------------------------------------------------------------------------
+    # -- stating changes ---------------------------------------------------------------------------
 
     def set_attribute(self, node: Node, name: str, value: Any) -> None:
         """Attribute `name` gets this value."""

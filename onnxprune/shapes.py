@@ -1,8 +1,9 @@
-"""Every tensor's shape, and the value of every small integer tensor, at two assumed sizes of the free dimensions.
+"""Every tensor's shape and every small integer value, at two sizes of the free dimensions.
 
-Shapes are data in ONNX: exporters compute reshape targets by long Shape/Gather/Concat chains. With every free
-input dimension given a number, such chains fold to constants, and each shape becomes known. Doing so at two sizes tells
-which dimensions are fixed (equal at both) and which follow the input.
+Shapes are data in ONNX: exporters compute reshape targets by long Shape/Gather/Concat chains. With
+every free input dimension given a number, such chains fold to constants, and each shape becomes
+known. Doing so at two sizes tells which dimensions are fixed (equal at both) and which follow the
+input.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Array = NDArray[Any]
 Dims = tuple[int, ...]
 FOLD_LIMIT = 4096
 DATA_LIMIT = 1024
-#: Numbers tried for (first dimension, other dimensions) of the inputs; the pair differs in every free dimension.
+#: Numbers tried for (first, other) dimensions of the inputs; they differ in every free dimension.
 SIZES = (((2, 64), (3, 96)), ((2, 16), (3, 32)), ((1, 224), (2, 256)))
 
 
@@ -146,7 +147,7 @@ def _at(
     numbers: Mapping[tuple[str, int], int],
     base: Sizing | None = None,
 ) -> tuple[Sizing, dict[str, int]]:
-    """Shapes with `numbers` put in; `base` is the other assignment, whose unchanged values are reused."""
+    """Shapes with `numbers` put in; unchanged values of `base`, the other one, are reused."""
     for value in skeleton.graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if (value.name, axis) in numbers:
@@ -348,7 +349,8 @@ def _reduce(function: Callable[..., Any]) -> Callable[..., Any]:
 def _range(_: Node, start: Array, limit: Array, step: Array) -> Array:
     if abs((limit - start) / step) > FOLD_LIMIT:
         raise ValueError("too large to fold")
-    return np.arange(start, limit, step, dtype=start.dtype)
+    first, last, by = start.item(), limit.item(), step.item()
+    return np.arange(first, last, by, dtype=start.dtype)
 
 
 def _shape(node: Node, dims: Array) -> Array:

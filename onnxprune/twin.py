@@ -1,14 +1,16 @@
 """The masked twin: the original model with zeros where channels will be removed.
 
-pruned(x) == twin(x) up to float rounding, on every input. Contractions see zeros. A node that averages, compares or
-normalizes over removed channels sees only those that stay, and zeros are put back behind it, so that groups through
-LayerNormalization and channel means are verified as well. The twin is made from the original weights: it shares no slicing
-and no rewritten shape with the pruned model.
+pruned(x) == twin(x) up to float rounding, on every input. Contractions see zeros. A node that
+averages, compares or normalizes over removed channels sees only those that stay, and zeros are put
+back behind it, so that groups through LayerNormalization and channel means are verified as well.
+The twin is made from the original weights: it shares no slicing and no rewritten shape with the
+pruned model.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,7 +33,7 @@ class _Twin:
         self.tensors.append(numpy_helper.from_array(value, name))
         return name
 
-    def node(self, op_type: str, inputs: list[str], output: str, **attributes: object) -> str:
+    def node(self, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op_type, inputs, [output], name=output, **attributes))
         return output
 

@@ -1,4 +1,4 @@
-"""Carry out a decision: slice every weight once, rewrite shape operands and attributes, drop what fell out of use."""
+"""Carry out a decision: slice every weight once, rewrite shapes, drop what fell out of use."""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """Importance of each unit, from the weights alone.
 
-A criterion gives every index of one weight axis a number; a unit's importance is their sum (or mean, or largest) over all
-weights that it reaches: what makes the channel, and what reads it (Fang et al., DepGraph, 2023).
+A criterion gives every index of one weight axis a number; a unit's importance is their sum (or
+mean, or largest) over all weights that it reaches: what makes the channel, and what reads it (Fang
+et al., DepGraph, 2023).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
@@ -17,18 +18,20 @@ from numpy.typing import NDArray
 from onnxprune.coupling import Coupling
 from onnxprune.errors import InvalidRecipeError
 from onnxprune.graph import Node
+from onnxprune.labels import Labels
 
 Scores = NDArray[np.float64]
 Reduction = Literal["sum", "mean", "max"]
+Role = Literal["makes", "reads", "scales"]
 
 
 @dataclass(frozen=True)
 class Member:
-    """One labelled axis of one weight: `array` is [n, *rest] with that axis first, `role` what it does."""
+    """One labelled axis of a weight: `array` is [n, *rest], that axis first; `role`: its use."""
 
     array: NDArray[Any]
     name: str
-    role: Literal["makes", "reads", "scales"]
+    role: Role
     node: Node
     rng: np.random.Generator
 
@@ -58,11 +61,11 @@ def _flat(member: Member) -> NDArray[np.float32]:
 
 @criterion("l2")
 def l2(member: Member) -> NDArray[Any] | None:
-    """Squared L2 norm of each slice; summed over a unit it is the unit's squared norm (Li et al., 2017)."""
+    """Squared L2 norm of each slice; their sum is the unit's squared norm (Li et al., 2017)."""
     if member.role == "scales":
         return None
     x = _flat(member)
-    return np.einsum("ij,ij->i", x, x)
+    return np.asarray(np.einsum("ij,ij->i", x, x))
 
 
 @criterion("l1")
@@ -83,7 +86,7 @@ def bn_scale(member: Member) -> NDArray[Any] | None:
 
 @criterion("fpgm")
 def fpgm(member: Member) -> NDArray[Any] | None:
-    """Distance to all other filters: near the geometric median is redundant (He et al., FPGM, 2019)."""
+    """Distance to all others: near the geometric median is redundant (He et al., FPGM, 2019)."""
     if member.role != "makes":
         return None
     x = _flat(member).astype(np.float64)
@@ -108,11 +111,13 @@ def lamp(member: Member) -> NDArray[Any] | None:
 @criterion("random")
 def random(member: Member) -> NDArray[Any] | None:
     """Uniform random numbers: the control group."""
-    return member.rng.random(member.array.shape[0]) if member.role == "makes" else None
+    if member.role != "makes":
+        return None
+    return member.rng.random(member.array.shape[:1])
 
 
 def score(
-    coupling: Coupling, name: str = "l2", *, reduction: Reduction = "sum", seed: int = 0
+    coupling: Coupling, name: str = "l2", *, reduction: Reduction = "mean", seed: int = 0
 ) -> Scores:
     """Importance of every unit, [units]; unit 0 (frozen) gets infinity.
 
@@ -141,7 +146,9 @@ def score(
     return total
 
 
-def _members(coupling: Coupling, rule: Criterion, rng: np.random.Generator) -> Any:
+def _members(
+    coupling: Coupling, rule: Criterion, rng: np.random.Generator
+) -> Iterator[tuple[Labels, Scores]]:
     makers = {id(labels) for _, labels in coupling.products}
     for name, uses in coupling.constants.items():
         constant = coupling.graph.constants[name]
@@ -154,8 +161,14 @@ def _members(coupling: Coupling, rule: Criterion, rng: np.random.Generator) -> A
             node = coupling.graph.nodes[index]
             for block in blocks:
                 array = constant.array() if array is None else array
-                makes = id(block.labels) in makers
-                role = "scales" if constant.is_vector else "makes" if makes else "reads"
-                values = rule(Member(np.moveaxis(array, block.axes[0], 0), name, role, node, rng))  # type: ignore[arg-type]
+                makes: Role = "makes" if id(block.labels) in makers else "reads"
+                role: Role = "scales" if constant.is_vector else makes
+                values = rule(Member(np.moveaxis(array, block.axes[0], 0), name, role, node, rng))
                 if values is not None:
-                    yield block.labels, np.asarray(values, np.float64)
+                    yield block.labels, _relative(np.asarray(values, np.float64))
+
+
+def _relative(values: Scores) -> Scores:
+    """Values as multiples of their mean: wide or large weights do not outvote the others."""
+    mean = float(values.mean())
+    return values / mean if mean > 0 else values

@@ -1,7 +1,8 @@
 """Which units go, so that a budget holds.
 
-`channels` keeps the same share of every layer. `macs`, `params` and `size` rank all units together, by importance for what
-they cost, and remove from the bottom until the budget holds; no layer falls below its floor.
+`channels` keeps the same share of every layer. `macs`, `params` and `size` rank all units together,
+by importance for what they cost, and remove from the bottom until the budget holds; no layer falls
+below its floor.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from onnxprune.groups import Group, Units
 from onnxprune.rewriting import Mask
 
 Scores = NDArray[np.float64]
-#: How much a layer's cost counts against its importance: 0 prunes all layers alike, 1 prefers the dear ones most.
+#: How much a layer's cost counts against its importance: 0 not at all, 1 in full.
 PRICE_POWER = 0.15
 BudgetKind = Literal["channels", "macs", "params", "size-mb"]
 
@@ -36,7 +37,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class Limits:
-    """`round_to`: kept widths are multiples of it where the layer is that wide. `min_keep`: the smallest share kept."""
+    """`round_to`: kept widths are multiples of it where the layer is that wide.
+
+    `min_keep`: the smallest share kept.
+    """
 
     round_to: int = 1
     min_keep: float = 0.1
@@ -90,7 +94,7 @@ def _choice(group: Group, scores: Scores, limits: Limits, fixed: Units) -> _Choi
 
 
 def _rounded(choice: _Choice, count: int, limits: Limits) -> int:
-    """How many units to keep: at least the floor, and a multiple of `round_to` channels where that is possible."""
+    """How many units to keep: at least the floor; a multiple of `round_to` channels if possible."""
     count = max(count, choice.floor)
     step = limits.round_to // math.gcd(limits.round_to, choice.width)
     if step > 1 and choice.size >= step:
@@ -158,8 +162,8 @@ def _global(
 def _harm(importance: Scores, size: int) -> Scores:
     """What each next removal costs its group: its share of the importance that is left by then.
 
-    The share grows as a group empties, so that no layer is drained while others are full (the idea of
-    LAMP, Lee et al., 2021).
+    The share grows as a group empties, so that no layer is drained while others are full (the idea
+    of LAMP, Lee et al., 2021).
     """
     left = np.cumsum(importance[::-1])[::-1]
     return np.maximum.accumulate(size * importance / np.maximum(left, np.finfo(np.float64).tiny))
@@ -175,6 +179,7 @@ def _unreachable(budget: Budget, least: float, whole: float, limits: Limits) -> 
     advice += ", use --scope all" if limits.scope == "exact" else ""
     advice += ", lower --round-to" if limits.round_to > 1 else ""
     return BudgetError(
-        f"--{budget.kind} {asked} cannot be reached: the least is {reach} with --min-keep {limits.min_keep:g} and "
+        f"--{budget.kind} {asked} cannot be reached: the least is {reach} "
+        f"with --min-keep {limits.min_keep:g} and "
         f"--scope {limits.scope}; ask for more, or {advice}"
     )

@@ -222,7 +222,7 @@ def einsum(node: Node, c: Interpreter) -> None:
 
 
 def _equation(node: Node, c: Interpreter) -> tuple[list[str] | None, str]:
-    """The letters of each operand and of the result, with '...' written out as upper-case letters."""
+    """The letters of each operand and of the result; '...' becomes upper-case letters."""
     equation = node.attr("equation").decode().replace(" ", "")
     left, _, right = equation.partition("->")
     terms = left.split(",")

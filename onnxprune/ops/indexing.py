@@ -131,7 +131,7 @@ def slice_bounds(node: Node, values: list[Array | None], rank: int) -> dict[int,
 
 @rewrite("Slice")
 def rewrite_slice(node: Node, r: Rewriter) -> None:
-    """Bounds in terms of what is left; where that is no range any more, a Gather takes its place."""
+    """Bounds in terms of what is left; a Gather where that is no range any more."""
     rank = len(r.dims(node, 0))
     bounds = slice_bounds(node, [r.value(node, s) for s in range(1, 5)], rank)
     if bounds is None:

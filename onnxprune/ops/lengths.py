@@ -1,15 +1,18 @@
 """Values computed from the length of a prunable axis, followed to where they are used.
 
-A length that ends as a reshape target, an expand size, a slice bound is rewritten or comes out right by itself. One that
-enters other arithmetic (a scale 1/sqrt(d), a position) would change the function: the axis is frozen.
+A length that ends as a reshape target, an expand size, a slice bound is rewritten or comes out
+right by itself. One that enters other arithmetic (a scale 1/sqrt(d), a position) would change the
+function: the axis is frozen.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 
 from onnxprune.coupling import Interpreter, Lengths
 from onnxprune.graph import Node
+from onnxprune.labels import Labels
 from onnxprune.shapes import FOLDS
 
 _INTEGERS = frozenset((onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL))
@@ -38,10 +41,10 @@ def follow(state: Interpreter, node: Node) -> bool:
     integer = state.shapes.types.get(out) in _INTEGERS
     if not tainted:
         return integer and state.shapes.value(out) is not None and not _has_labels(state, node)
-    if integer and node.domain == "" and node.op_type in FOLDS and node.op_type != "Range":
-        if (node.op_type, tainted[0]) not in SHAPE_SLOTS:
-            state.lengths[out] = _combine(state, node, tainted)
-            return True
+    folds = integer and node.domain == "" and node.op_type in FOLDS and node.op_type != "Range"
+    if folds and (node.op_type, tainted[0]) not in SHAPE_SLOTS:
+        state.lengths[out] = _combine(state, node, tainted)
+        return True
     for slot in tainted:
         if (node.op_type, slot) not in SHAPE_SLOTS:
             for labels in _all(state.lengths[node.inputs[slot]]):
@@ -56,7 +59,7 @@ def _has_labels(state: Interpreter, node: Node) -> bool:
 def _shape(state: Interpreter, node: Node) -> None:
     name = node.inputs[0]
     rank = len(state.shapes.dims(name) or ())
-    found: dict[int, tuple[object, ...]] = {}
+    found: dict[int, tuple[Labels, ...]] = {}
     for block in state.settle_all(state.layouts.get(name, ()), node):
         if (block.labels > 0).any():
             found[block.axes[0]] = (block.labels,)
@@ -64,10 +67,10 @@ def _shape(state: Interpreter, node: Node) -> None:
         whole = tuple(found.get(axis, ()) for axis in range(rank))
         part = whole[node.attr("start", 0) : node.attr("end", None)]
         if any(part):
-            state.lengths[node.outputs[0]] = part  # type: ignore[assignment]
+            state.lengths[node.outputs[0]] = part
 
 
-def _all(lengths: Lengths) -> list:  # type: ignore[type-arg]
+def _all(lengths: Lengths) -> list[Labels]:
     return list({id(v): v for element in lengths for v in element}.values())
 
 
@@ -80,25 +83,21 @@ def _combine(state: Interpreter, node: Node, tainted: list[int]) -> Lengths:
     if node.op_type in ("Gather", "Slice") and tainted == [0]:
         return _select(state, node, first)
     if node.op_type == "Concat":
-        parts: list[tuple[object, ...]] = []
+        parts: list[tuple[Labels, ...]] = []
         for slot, name in enumerate(node.inputs):
             size = max(state.dims(node, slot) or (1,))
             parts += list(state.lengths.get(name, ((),) * size))
         if len(parts) == count:
-            return tuple(parts)  # type: ignore[arg-type]
+            return tuple(parts)
     union = tuple(v for slot in tainted for v in _all(state.lengths[node.inputs[slot]]))
     return (union,) * count
 
 
 def _select(state: Interpreter, node: Node, lengths: Lengths) -> Lengths:
-    import numpy as np
-
-    from onnxprune.shapes import FOLDS as folds
-
     positions = np.arange(len(lengths))
     rest = [state.shapes.value(name) if name else None for name in node.inputs[1:]]
     try:
-        picked = np.ravel(folds[node.op_type](node, positions, *rest))
+        picked = np.ravel(FOLDS[node.op_type](node, positions, *rest))
     except (ValueError, IndexError, TypeError):
         return (tuple(_all(lengths)),) * max(1, len(lengths))
     return tuple(lengths[int(i)] for i in picked)

@@ -15,7 +15,7 @@ def pass_through(node: Node, c: Interpreter, slot: int = 0, index: int = 0) -> N
 
 @rule("BatchNormalization", "InstanceNormalization")
 def per_channel(node: Node, c: Interpreter) -> None:
-    """x[N, C, *S], parameters [C] -> y[N, C, *S]; statistics, recorded or measured, are per channel"""
+    """x[N, C, *S], parameters [C] -> y[N, C, *S]; statistics per channel, recorded or measured"""
     channels = c.axis(node, 0, 1)
     c.prefer(channels)
     for slot in range(1, len(node.inputs)):
@@ -52,7 +52,7 @@ def layer_norm(node: Node, c: Interpreter) -> None:
 
 @rule("GroupNormalization")
 def group_norm(node: Node, c: Interpreter) -> None:
-    """x[N, C, *S], scale[C or groups], bias -> y[N, C, *S]; statistics are over each group of channels"""
+    """x[N, C, *S], scale[C or groups], bias -> y[N, C, *S]; statistics over channel groups"""
     groups = node.attr("num_groups")
     x = c.axis(node, 0, 1)
     pass_through(node, c)

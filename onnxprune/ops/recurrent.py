@@ -17,7 +17,8 @@ _W, _R, _B, _H, _C, _P = 1, 2, 3, 5, 6, 7
 
 @rule("LSTM", "GRU", "RNN")
 def cell(node: Node, c: Interpreter) -> None:
-    """x[T, N, I], W[D, G*H, I], R[D, G*H, H], b[D, 2*G*H], h[D, N, H] -> Y[T, D, N, H], Y_h[D, N, H], Y_c"""
+    """x[T, N, I], W[D, G*H, I], R[D, G*H, H], b[D, 2*G*H], h[D, N, H]
+    -> Y[T, D, N, H], Y_h[D, N, H], Y_c"""
     gates = GATES[node.op_type]
     batch_first = bool(node.attr("layout", 0))
     hidden = c.system.fresh(c.dims(node, _R)[-1])

@@ -1,7 +1,8 @@
 """Where operator rules are registered, and how a node finds its own.
 
-A rule is one function for an operator: it reads input labels, ties or freezes them with a reason, and names the labels of
-the outputs. An optional rewrite changes attributes and shape operands once the kept indices are known.
+A rule is one function for an operator: it reads input labels, ties or freezes them with a reason,
+and names the labels of the outputs. An optional rewrite changes attributes and shape operands once
+the kept indices are known.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ REWRITES: dict[tuple[str, str], Rewrite] = {}
 def rule(
     *op_types: str, domain: str = "", since: int = 1, joint: bool = False
 ) -> Callable[[Rule], Rule]:
-    """Register the rule of these operators. `joint`: it passes jointly labelled axes on by itself."""
+    """Register the rule of these operators.
+
+    `joint`: it passes jointly labelled axes on by itself.
+    """
 
     def register(function: Rule) -> Rule:
         for op_type in op_types:

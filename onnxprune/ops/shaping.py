@@ -133,7 +133,7 @@ def _close(node: Node, c: Interpreter, block: Block, result: Block) -> Layout:
 def _permutation(
     c: Interpreter, origin: Origin, chain: tuple[int, ...], axis: int
 ) -> Labels | None:
-    """How the chain of nodes permutes `axis`; None where it does more than that, or others look in between."""
+    """How the chain permutes `axis`; None where it does more, or others look in between."""
     source = c.shapes.dims(origin.tensor)
     target = c.shapes.dims(c.graph.nodes[chain[-1]].outputs[0])
     if (
@@ -203,7 +203,7 @@ def transpose(node: Node, c: Interpreter) -> None:
 
 @rule("Expand")
 def expand(node: Node, c: Interpreter) -> None:
-    """x[*D], shape -> y[*broadcast(D, shape)]; a repeated axis has as many indices as its users want"""
+    """x[*D], shape -> y[*broadcast(D, shape)]; a repeated axis is as long as its users want"""
     before, after = c.dims(node, 0), c.out_dims(node)
     shift = len(after) - len(before)
     found: dict[int, Labels | None] = {}

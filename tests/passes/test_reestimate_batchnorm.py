@@ -32,7 +32,10 @@ def model(body: str, *, opset: int = 17, batch: str = "N", shared: bool = False)
         "b": rng.standard_normal(3),
         "t": rng.uniform(0.5, 1.5, 4),
         "c": rng.standard_normal(4),
-        "m": np.zeros(3), "r": np.ones(3), "n": np.zeros(4), "q": np.ones(4),
+        "m": np.zeros(3),
+        "r": np.ones(3),
+        "n": np.zeros(4),
+        "q": np.ones(4),
     }
     used = {name for node in result.graph.node for name in node.input}
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""Fixtures of the training tests: the runtime is installed once, and one worker serves many tests."""
+"""Fixtures of the training tests: one installed runtime, one worker for many tests."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _workers(training_runtime: Runtime) -> Iterator[list[Worker]]:
 
 @pytest.fixture
 def worker(_workers: list[Worker], training_runtime: Runtime) -> Worker:
-    """A worker for tests that only build graphs in it; a new one where a test has killed the last."""
+    """A worker for tests that only build graphs in it; a new one where a test killed the last."""
     if not _workers[-1].alive:
         _workers.append(Worker(training_runtime))
     return _workers[-1]
