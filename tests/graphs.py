@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper, parser
 
-from onnxprune import runtime, verify
+from onnxprune import pipeline, runtime, verify
 from onnxprune.analysis import Analysis, analyse
 from onnxprune.passes.apply import Applied, apply_keep
 from onnxprune.passes.score import score
@@ -122,7 +122,7 @@ def prune(model: onnx.ModelProto, **options: Any) -> Result:
         return pipeline.prune(model, threads=1, **options)
 
 
-def outputs(model: onnx.ModelProto, feeds: check.Feeds) -> list[NDArray[np.float32]]:
+def outputs(model: onnx.ModelProto, feeds: verify.Feeds) -> list[NDArray[np.float32]]:
     """What a model answers."""
     return list(runtime.run(runtime.session(model, threads=1), feeds).values())
 

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from onnxprune import check
+from onnxprune import verify
 from onnxprune.pipeline import inspect
 from tests.graphs import TOLERANCE, build, prune_half, shapes, weight
 
@@ -631,7 +631,7 @@ def test_half_of_every_group_equals_the_twin(row: Row) -> None:
     for scope in ("all", "exact"):
         wanted = set((row.shrinks if scope == "all" or row.exact is None else row.exact).split())
         pruned = prune_half(model, scope)
-        assert check.structure_problems(pruned.model, model) == []
+        assert verify.structure_problems(pruned.model, model) == []
         assert pruned.error <= TOLERANCE
         shrunk = {
             name
@@ -716,7 +716,7 @@ def test_initializers_that_are_inputs_too_as_before_ir_4() -> None:
         for i in pruned.model.graph.input
     }
     assert declared == {"x": [0, 6], "w1": [6, 4], "w2": [4, 4]}
-    assert check.structure_problems(pruned.model, model) == []
+    assert verify.structure_problems(pruned.model, model) == []
 
 
 def test_an_unknown_operator_freezes_and_says_so() -> None:
