@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from models import zoo
-from onnxprune import check, runtime
+from onnxprune import runtime, verify
 from onnxprune.analysis import analyse
 from onnxprune.cost import count_params
 from onnxprune.errors import OnnxPruneError
@@ -63,13 +63,13 @@ def measure(name: str) -> Row:
         seconds = time.process_time() - start
         found[f"{scope}_left"] = round(count_params(applied.model) / params, 4)
         try:
-            problems += check.structure_problems(applied.model, model)
-            error = check.twin_error(analysis.coupling, keep, applied.model, feeds)
+            problems += verify.structure_problems(applied.model, model)
+            error = verify.twin_error(analysis.coupling, keep, applied.model, feeds)
         except OnnxPruneError as failure:
             problems.append(f"{scope}: {failure}")
             error = float("inf")
         found[f"{scope}_error"] = error
-        if not error <= check.default_tolerance(model):
+        if not error <= verify.default_tolerance(model):
             problems.append(f"{scope}: differs from its twin by {error:.2g}")
     nodes = len(model.graph.node)
     return Row(name, nodes, params, **found, seconds=round(seconds, 3), problem="; ".join(problems))

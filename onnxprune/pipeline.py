@@ -21,16 +21,6 @@ from onnxprune.analysis import (
     measured_cost,
     planned_frozen,
 )
-from onnxprune.check import (
-    Feeds,
-    default_tolerance,
-    difference,
-    find_faulty,
-    is_sound,
-    structure_problems,
-    twin_error,
-    units_of,
-)
 from onnxprune.cost import count_params
 from onnxprune.errors import (
     InvalidModelError,
@@ -43,6 +33,16 @@ from onnxprune.plan import Plan, PlannedGroup, fingerprint
 from onnxprune.progress import Progress, Silent
 from onnxprune.result import CheckReport, Cost, Inspection, Report, Result
 from onnxprune.rewriting import Mask
+from onnxprune.verify import (
+    Feeds,
+    default_tolerance,
+    difference,
+    find_faulty,
+    is_sound,
+    structure_problems,
+    twin_error,
+    units_of,
+)
 
 if TYPE_CHECKING:
     from onnxprune.data import Dataset
@@ -222,6 +222,7 @@ def check(
 
     original, candidate = io.load(a), io.load(b)
     problems = structure_problems(candidate, original)
+    sound = not problems
     dataset = _open(data, original)
     feeds = _feeds(original, dataset, seed)
     error: float | None = None
@@ -233,12 +234,13 @@ def check(
         if dataset is not None:
             metrics = _compare(sessions, dataset, threads)
     except OnnxPruneError as failure:
+        sound = False
         problems.append(str(failure))
     if tolerance is not None and error is not None and not error <= tolerance:
         problems.append(f"outputs differ by {error:.3g} of the largest, more than {tolerance:g}")
     return CheckReport(
         passed=not problems,
-        structure=not problems,
+        structure=sound,
         max_error=error,
         tolerance=tolerance,
         feeds=len(feeds),
@@ -576,6 +578,7 @@ def _behaviour(
 ) -> CheckReport:
     """Level 3: the finished model answers as the original does, within the asked budget."""
     problems = structure_problems(rebuilt, original)
+    sound = not problems
     metric = next((m for m in ("accuracy", "agreement") if m in new), None)
     if options.max_drop is not None:
         if metric is None:
@@ -590,7 +593,7 @@ def _behaviour(
                 )
     return CheckReport(
         passed=not problems,
-        structure=not problems,
+        structure=sound,
         max_error=None,
         tolerance=None,
         feeds=feeds,

@@ -10,7 +10,7 @@ import pytest
 from onnx.backend.test.loader import load_model_tests
 
 from benchmarks.conformance import prune
-from onnxprune import check, runtime
+from onnxprune import runtime, verify
 
 SUITES = ("node", "simple", "pytorch-converted", "pytorch-operator")
 
@@ -31,5 +31,5 @@ def test_every_model_is_analysed_and_applied(suite: str) -> None:
             assert applied.model.graph.initializer == model.graph.initializer, case.name
         else:
             feeds = [runtime.random_feeds(model)]
-            error = check.twin_error(analysis.coupling, keep, applied.model, feeds)
+            error = verify.twin_error(analysis.coupling, keep, applied.model, feeds)
             assert error <= 1e-4, case.name
