@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from onnxprune.errors import InvalidRecipeError, OnnxPruneError
+from onnxprune.errors import InvalidModelError, InvalidRecipeError, OnnxPruneError
 
 if TYPE_CHECKING:
+    from onnxprune.plan import Plan
     from onnxprune.report.outputs import Outputs
     from onnxprune.result import Result
 
@@ -203,7 +205,7 @@ def prune(
     if max_drop is not None:
         _check_promise(max_drop, data or val, no_check)
     outputs = Outputs(target, plan, report)
-    with progress(quiet) as listener:
+    with progress(quiet) as listener, _about(source):
         result = pipeline.prune(
             source,
             channels=channels,
@@ -240,7 +242,8 @@ def inspect(
     from onnxprune.report.console import show_inspection, stdout_console
     from onnxprune.report.json import inspection_json
 
-    inspection = pipeline.inspect(source)
+    with _about(source):
+        inspection = pipeline.inspect(source)
     if json:
         print(inspection_json(inspection), end="")
     else:
@@ -257,13 +260,12 @@ def apply(
 ) -> int:
     """Replay a plan on the model that it was made for."""
     from onnxprune import pipeline
-    from onnxprune.plan import Plan
     from onnxprune.report.outputs import Outputs
 
     outputs = Outputs(target)
-    if not plan.is_file():
-        raise InvalidRecipeError(f"plan '{plan}': no such file")
-    model = pipeline.apply(source, Plan.from_json(plan.read_text(encoding="utf-8")))
+    steps = _read_plan(plan)
+    with _about(source):
+        model = pipeline.apply(source, steps)
     outputs.write(model)
     print(f"wrote {outputs.names}")
     return FINE
@@ -366,6 +368,36 @@ def _version() -> str:
     from importlib.metadata import version
 
     return version("onnxprune")
+
+
+@contextmanager
+def _about(source: Path) -> Iterator[None]:
+    """Name the model in errors that do not: the library may not know where it came from."""
+    try:
+        yield
+    except InvalidModelError as error:
+        if source.name in str(error):
+            raise
+        raise InvalidModelError(f"{source}: {error}") from error
+
+
+def _read_plan(path: Path) -> Plan:
+    """The plan in the file at `path`.
+
+    Raises:
+        InvalidRecipeError: there is none.
+    """
+    from onnxprune.plan import Plan
+
+    if not path.is_file():
+        raise InvalidRecipeError(f"plan '{path}': no such file")
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        problem = "this is not text"
+    except InvalidRecipeError as error:
+        problem = str(error)
+    raise InvalidRecipeError(f"plan '{path}': {problem}; give a file that prune --plan wrote")
 
 
 def _check_promise(max_drop: float, data: str | None, no_check: bool) -> None:

@@ -6,6 +6,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +43,29 @@ def files(workdir: Path, models_dir: Path) -> Path:
     np.savez("shape.npz", x=np.zeros((4, 3, 8, 8), np.float32))
     Path("plan.json").write_text('{"format": "recipe"}')
     Path("feeds.py").write_text("def feeds():\n    return 1 / 0\n")
+    Path("bytes.json").write_bytes(b"\xff\xfe")
+    np.savez("text.npz", image=np.array(["a", "b"]))
+    np.savez("uneven.npz", image=np.zeros((3, 64), np.float32), y=np.zeros(2, np.int64))
+    odd_models()
     return workdir
+
+
+def odd_models() -> None:
+    """Models that are sound, but not for pruning."""
+    head = '<ir_version: 10, opset_import: ["" : 21]> f '
+    texts = {
+        "bare": "(float[N, 4] x) => (float[N, 4] y) { y = Relu(x) }",
+        "string": "(string[N, 4] x) => (string[N, 4] y) { y = Identity(x) }",
+        "int": "(int32[N, 1] x) => (int32[N, 2] y) <int32[1, 2] w = {1, 2}> { y = MatMul(x, w) }",
+    }
+    for name, text in texts.items():
+        onnx.save(onnx.parser.parse_model(head + text), f"{name}.onnx")
+    model = onnx.load("in.onnx")
+    onnx.save(model, "split.onnx", save_as_external_data=True, location="split.data")
+    Path("split.data").unlink()
+    model = onnx.load("in.onnx")
+    model.opset_import[0].version = 99
+    onnx.save(model, "opset.onnx")
 
 
 def transcript(command: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -121,12 +146,22 @@ def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
         "prune empty.onnx out.onnx --channels 0.5",
         "prune notes.onnx out.onnx --channels 0.5",
         "prune test.npz out.onnx --channels 0.5",
+        "prune split.onnx out.onnx --channels 0.5",
+        "prune bare.onnx out.onnx --channels 0.5",
+        "prune string.onnx out.onnx --channels 0.5",
+        "prune int.onnx out.onnx --channels 0.5",
+        "inspect opset.onnx",
         "inspect .",
+        "prune in.onnx out.onnx --channels 0",
+        "prune in.onnx out.onnx --macs 1.5",
+        "prune in.onnx out.onnx --params -0.5",
         f"{PRUNE} --criterion taste",
         f"{PRUNE} --keep nothing*",
         f"{PRUNE} --data missing.npz",
         f"{PRUNE} --data names.npz",
         f"{PRUNE} --data shape.npz",
+        f"{PRUNE} --data text.npz",
+        f"{PRUNE} --data uneven.npz",
         f"{PRUNE} --data in.onnx",
         f"{PRUNE} --data feeds.py",
         f"{PRUNE} --data feeds.py:feed",
@@ -135,7 +170,60 @@ def test_bad_input(capsys: pytest.CaptureFixture[str]) -> None:
         "prune in.onnx out.onnx --size-mb 0.0001",
         "apply in.onnx plan.json out.onnx",
         "apply in.onnx notes.onnx out.onnx",
+        "apply in.onnx bytes.json out.onnx",
         "check in.onnx notes.onnx",
     ]
     compare("bad_input", "".join(transcript(command, capsys) for command in commands))
     assert sorted(os.listdir()) == kept
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+from onnxprune import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+SLOW = """
+import sys, time
+from onnxprune import cli, files
+def flush(stream):
+    print('writing', flush=True)
+    time.sleep(60)
+files.flush = flush
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
+@pytest.mark.parametrize("target", ["in.onnx", "out.onnx"])
+def test_no_space_left(target: str) -> None:
+    """Files may not grow beyond 4 KB, which is to a writer what a full disk is."""
+    names, whole = sorted(os.listdir()), Path("in.onnx").read_bytes()
+    command = ["prune", "in.onnx", target, "--channels", "0.9", "--plan", "p.json", "-q"]
+    ran = subprocess.run(
+        [sys.executable, "-c", LIMITED, *command], capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 2
+    assert re.fullmatch(
+        r"onnxprune: error: no space left while writing \S+: "
+        r"free some or write to another folder\n",
+        ran.stderr,
+    )
+    assert (sorted(os.listdir()), Path("in.onnx").read_bytes()) == (names, whole)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_interrupted_while_writing() -> None:
+    names, whole = sorted(os.listdir()), Path("in.onnx").read_bytes()
+    command = ["prune", "in.onnx", "in.onnx", "--channels", "0.5", "--report", "r.json", "-q"]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert any(line == b"writing\n" for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        errors = process.stderr.read().decode()
+        assert process.wait(timeout=20) == 130
+    assert errors == "onnxprune: error: interrupted; existing files are as they were\n"
+    assert (sorted(os.listdir()), Path("in.onnx").read_bytes()) == (names, whole)
