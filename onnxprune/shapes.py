@@ -23,6 +23,8 @@ Array = NDArray[Any]
 Dims = tuple[int, ...]
 FOLD_LIMIT = 4096
 DATA_LIMIT = 1024
+#: Operators that onnx's inference passes by: their first output has their first input's shape.
+SAME_SHAPE = frozenset(("GroupNormalization", "RMSNormalization", "RotaryEmbedding", "Swish"))
 #: Numbers tried for (first, other) dimensions of the inputs; they differ in every free dimension.
 SIZES = (((2, 64), (3, 96)), ((2, 16), (3, 32)), ((1, 224), (2, 256)))
 
@@ -205,6 +207,10 @@ class _Walk:
             return
         if any(name and name not in self.dims for name in node.outputs):
             self._infer(node)
+            source, out = node.input(0), node.outputs[0]
+            if node.op_type in SAME_SHAPE and out not in self.dims and source in self.dims:
+                self.dims[out] = self.dims[source]
+                self.types[out] = self.types.get(source, onnx.TensorProto.FLOAT)
 
     def _fold(self, node: Node, fold: Callable[..., Any]) -> bool:
         if node.op_type in ("Shape", "Size"):

@@ -58,8 +58,6 @@ def sequence(name: str, body: str, weights: str, shrinks: str, **more: object) -
     return Row(name, SEQUENCE, body, weights, shrinks, **more)  # type: ignore[arg-type]
 
 
-GROUP_NORM = "no shape is inferred behind GroupNormalization, so all around it is frozen"
-
 CONTRACTIONS = [
     Row(
         "conv-1d",
@@ -196,7 +194,6 @@ NORMALIZATIONS = [
         "s:8 b:8",
         shrinks="w1 b1 s b w2",
         opset=21,
-        bug=GROUP_NORM,
     ),
     image(
         "group-norm-layer",
@@ -205,7 +202,6 @@ NORMALIZATIONS = [
         shrinks="w1 b1 s b w2",
         exact="",
         opset=21,
-        bug=GROUP_NORM,
     ),
     Row(
         "group-norm-by-reshape",
