@@ -18,7 +18,8 @@ from tests.graphs import mlp, outputs, prune, weight
 def test_ten_five_two_loses_its_weakest_hidden_neuron() -> None:
     model = mlp(10, 5, 2)
     incoming, outgoing = weight(model, "w0"), weight(model, "w1")
-    importance = (incoming**2).sum(axis=1) + (outgoing**2).sum(axis=0) + 0 * weight(model, "b0")
+    parts = [(incoming**2).sum(axis=1), (outgoing**2).sum(axis=0)]
+    importance = sum(p / p.mean() for p in parts)
     stay = np.delete(np.arange(5), importance.argmin())
 
     result = prune(model, channels=0.8)
