@@ -307,6 +307,9 @@ def _feeds(model: onnx.ModelProto, data: Dataset | None, seed: int) -> list[Feed
     from onnxprune import runtime
 
     feeds: list[Feeds] = [runtime.random_feeds(model, seed=seed)]
+    other = runtime.random_feeds(model, seed=seed + 1, batch=3)
+    if any(np.shape(other[name]) != np.shape(value) for name, value in feeds[0].items()):
+        feeds.append(other)  # a length that was baked in shows at another batch size
     if data is not None:
         first = next(iter(data.batches(4)), None)
         if first is not None:
