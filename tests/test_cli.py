@@ -369,7 +369,9 @@ class TestErrors:
 
     def test_interrupt_of_a_process(self) -> None:
         script = (
-            "import sys, time; from onnxprune import cli, pipeline\n"
+            "import signal, sys, time; from onnxprune import cli, pipeline\n"
+            # a shell that starts the tests in the background has SIGINT ignored
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "def wait(*a, **k): print('ready', flush=True); time.sleep(60)\n"
             "pipeline.inspect = wait\n"
             "sys.exit(cli.main(['inspect', 'in.onnx']))"

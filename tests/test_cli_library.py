@@ -183,9 +183,11 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 from onnxprune import cli
 sys.exit(cli.main(sys.argv[1:]))
 """
+# A shell that starts the tests in the background has SIGINT ignored.
 SLOW = """
-import sys, time
+import signal, sys, time
 from onnxprune import cli, files
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def flush(stream):
     print('writing', flush=True)
     time.sleep(60)
