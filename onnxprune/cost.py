@@ -70,13 +70,14 @@ class CostModel:
 
     params_: _Products
     macs_: _Products
+    shared: tuple[tuple[Labels, ...], ...]
     units: int
     param_bytes: float
     other_bytes: float
 
     def params(self, keep: Mask) -> float:
         """The number of weights that stay."""
-        return float(self.params_.terms(keep).sum())
+        return float(self.params_.terms(keep).sum()) + sum(_copies(u, keep) for u in self.shared)
 
     def macs(self, keep: Mask) -> float:
         """Multiply-adds of one sample."""
@@ -102,11 +103,16 @@ class CostModel:
 def cost_model(coupling: Coupling) -> CostModel:
     """The cost of `coupling`'s model for any choice of units."""
     batch = samples_per_run(coupling)
-    params = []
+    params, shared = [], []
     for name, uses in coupling.constants.items():
         constant = coupling.graph.constants[name]
-        if constant.dtype in WEIGHT_TYPES:
-            layout = next(iter(uses.values()))
+        if constant.dtype not in WEIGHT_TYPES:
+            continue
+        layout = next(iter(uses.values()))
+        if constant.is_vector and len(uses) > 1 and all(len(u) == 1 for u in uses.values()):
+            unit = coupling.solution.unit
+            shared.append(tuple(unit[np.maximum(u[0].labels, 0)] for u in uses.values()))
+        else:
             params.append((float(constant.size), [b.labels for b in layout]))
     untouched = sum(
         c.size
@@ -115,7 +121,7 @@ def cost_model(coupling: Coupling) -> CostModel:
     )
     params.append((float(untouched), []))
     macs = [(layer.macs / batch, layer.axes) for layer in coupling.layers]
-    total = sum(size for size, _ in params)
+    total = sum(size for size, _ in params) + sum(units[0].size for units in shared)
     weight_bytes = sum(
         _bytes(c.tensor, c.size)
         for c in coupling.graph.constants.values()
@@ -124,10 +130,17 @@ def cost_model(coupling: Coupling) -> CostModel:
     return CostModel(
         params_=_Products.of(coupling, params),
         macs_=_Products.of(coupling, macs),
+        shared=tuple(shared),
         units=coupling.solution.units,
         param_bytes=weight_bytes / total if total else 0.0,
         other_bytes=float(size_bytes(coupling.graph.model) - weight_bytes),
     )
+
+
+def _copies(uses: tuple[Labels, ...], keep: Mask) -> int:
+    """What is left of a vector with several readers: one copy for each way in which it is cut."""
+    masks = {mask.tobytes(): mask for units in uses for mask in (keep[units],)}
+    return sum(int(mask.sum()) for mask in masks.values())
 
 
 def samples_per_run(coupling: Coupling) -> int:

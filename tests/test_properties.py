@@ -316,8 +316,7 @@ def test_any_choice_of_single_units_equals_its_twin(model: onnx.ModelProto, seed
     assert verify.twin_error(analysis.coupling, keep, pruned, feeds, threads=1) <= TOLERANCE
     params, macs = analysis.cost.params(keep), analysis.cost.macs(keep)
     after = analyse(pruned)
-    # A shared vector that is cut in two ways becomes two: more than predicted (see test_select).
-    assert after.cost.params(after.everything) >= params - 1e-6
+    assert after.cost.params(after.everything) == pytest.approx(params)
     assert after.cost.macs(after.everything) == pytest.approx(macs)
 
 

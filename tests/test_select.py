@@ -219,7 +219,6 @@ def test_nothing_removed_is_said() -> None:
     assert note.startswith("nothing was removed")
 
 
-@pytest.mark.xfail(strict=True, reason="a shared bias cut in two ways is counted once")
 def test_predicted_parameters_count_each_copy_of_a_shared_bias() -> None:
     model = build(
         "(float[N,6] x) => (float[N,4] y)",
