@@ -51,13 +51,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch gave; epoch 0 is the model as it came.
+    """What one epoch gave; epoch 0 is the model as it came, without a loss.
 
     `metrics` are those of the validation data.
     """
 
     epoch: int
-    loss: float
+    loss: float | None
     rate: float
     seconds: float
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -287,7 +287,7 @@ class _Run:
         begun = time.perf_counter()
         first_epoch = self._resumed() + 1
         if first_epoch == 1:
-            self._finish_epoch(0, math.nan, 0.0, begun)
+            self._finish_epoch(0, None, 0.0, begun)
         self.progress.stage("fine-tune", self.options.epochs * self.steps_per_epoch)
         for epoch in range(first_epoch, self.options.epochs + 1):
             if self._exhausted():
@@ -318,7 +318,7 @@ class _Run:
             pace = (time.perf_counter() - begun) / (step + 1)
             left = max(0, total - place - 1) * pace
             shown = self.history[-1].metrics if self.history else {}
-            metric = {"accuracy": shown["accuracy"]} if "accuracy" in shown else {}
+            metric = {n: shown[n] for n in ("accuracy", "agreement") if n in shown}
             self.progress.step(place + 1, loss=float(np.mean(losses[-20:])), eta_s=left, **metric)
         if not losses:
             raise InvalidDataError(
@@ -352,7 +352,7 @@ class _Run:
         if parts:
             yield parts
 
-    def _finish_epoch(self, epoch: int, loss: float, rate: float, start: float) -> None:
+    def _finish_epoch(self, epoch: int, loss: float | None, rate: float, start: float) -> None:
         """Measure, and keep the weights if they are the best so far (without validation data.
 
         The last).

@@ -56,7 +56,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         TrainingError: it is none, or cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             facts = json.loads(str(stored["header"]))
             arrays = {n[2:]: stored[n] for n in stored.files if n.startswith("a:")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

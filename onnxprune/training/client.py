@@ -143,15 +143,18 @@ class Worker:
 
     def _death(self) -> TrainingError:
         """Why there is no answer."""
-        self._process.kill()
-        code = self._process.wait()
-        reason = (
-            "did not answer in time and was stopped"
-            if self._expired
-            else f"ended (exit status {code})"
-        )
-        if code == -9 and not self._expired:
-            reason += ", perhaps for want of memory: try a smaller batch size"
+        try:
+            code = self._process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            reason = "answered with something that is no message, and was stopped"
+        else:
+            reason = f"ended (exit status {code})"
+            if code == -9:
+                reason += ", perhaps for want of memory: try a smaller batch size"
+        if self._expired:
+            reason = "did not answer in time and was stopped"
         tail = self._tail()
         return TrainingError(f"the training worker {reason}" + (f": {tail}" if tail else ""))
 

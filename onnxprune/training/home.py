@@ -127,7 +127,7 @@ def _cache_root() -> Path:
 
 
 def _advice() -> str:
-    if sys.version_info >= (3, 13):
+    if _python_version() >= (3, 13):
         return _newer_python()
     return (
         f"run `onnxprune setup-training`, or set {PYTHON_VARIABLE} to a Python that has "
@@ -135,8 +135,12 @@ def _advice() -> str:
     )
 
 
+def _python_version() -> tuple[int, int]:
+    return sys.version_info[:2]
+
+
 def _newer_python() -> str:
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    version = ".".join(map(str, _python_version()))
     return (
         f"{REQUIREMENT} has wheels for Python 3.9 to 3.12 and this is {version}; set "
         f"{PYTHON_VARIABLE} to a "
@@ -145,7 +149,7 @@ def _newer_python() -> str:
 
 
 def _check_python() -> None:
-    if sys.version_info >= (3, 13):
+    if _python_version() >= (3, 13):
         raise TrainingError(f"cannot install the training runtime: {_newer_python()}")
 
 

@@ -45,22 +45,20 @@ from onnxprune.training.parameters import (
 )
 from onnxprune.training.rules_norm import merge_batchnorm, use_batch_statistics
 
-QUANTISED = frozenset(
-    """
-    QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul ConvInteger
-    MatMulInteger
-    """.split()
-)
+_QUANTISED = """
+QuantizeLinear DequantizeLinear DynamicQuantizeLinear QLinearConv QLinearMatMul ConvInteger
+MatMulInteger
+"""
 # operators the builder differentiates, in the form that the rules leave them in
-DIFFERENTIABLE = frozenset(
-    """
-    Abs Add BatchNormalization Cast Clip Concat Conv Cos Div Erf Exp Expand Flatten GRU Gather
-    GatherElements GatherND Gelu Gemm GlobalAveragePool Identity LSTM LayerNormalization LeakyRelu
-    Log LogSoftmax MatMul Max MaxPool Min Mul Neg Pad Pow Reciprocal ReduceL2 ReduceLogSumExp
-    ReduceMean ReduceSum Relu Reshape ScatterElements ScatterND Sigmoid Sin Slice Softmax Split Sqrt
-    Squeeze Sub Tanh Tile TopK Transpose Trilu Unsqueeze Where
-    """.split()
-)
+_DIFFERENTIABLE = """
+Abs Add BatchNormalization Cast Clip Concat Conv Cos Div Erf Exp Expand Flatten GRU Gather
+GatherElements GatherND Gelu Gemm GlobalAveragePool Identity LSTM LayerNormalization LeakyRelu Log
+LogSoftmax MatMul Max MaxPool Min Mul Neg Pad Pow Reciprocal ReduceL2 ReduceLogSumExp ReduceMean
+ReduceSum Relu Reshape ScatterElements ScatterND Sigmoid Sin Slice Softmax Split Sqrt Squeeze Sub
+Tanh Tile TopK Transpose Trilu Unsqueeze Where
+"""
+QUANTISED = frozenset(_QUANTISED.split())
+DIFFERENTIABLE = frozenset(_DIFFERENTIABLE.split())
 PASSES = 8  # of rules and function bodies: an expansion may need expanding again
 
 

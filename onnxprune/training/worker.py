@@ -184,6 +184,8 @@ def _session(model: bytes, trained: list[str], threads: int) -> Any:
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # threads that wait for work would burn cores that the caller (the teacher) can use
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     gradient = _gradient_graph(model, set(trained), options)
     return onnxruntime.InferenceSession(gradient, options, ["CPUExecutionProvider"])
 
