@@ -356,7 +356,7 @@ def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]
 def _nothing(options: Options) -> str:
     advice = "; --scope all reaches more" if options.limits.scope == "exact" else ""
     return (
-        f"nothing was removed: no channel may go under this budget and --scope "
+        f"nothing was removed: the budget holds already, or no channel may go in --scope "
         f"{options.limits.scope}{advice}; `onnxprune inspect --why` says what holds them"
     )
 
