@@ -44,7 +44,7 @@ def use_batch_statistics(draft: Draft, momentum: float) -> None:
         statistics = list(node.input[3:5])
         if any(n not in draft.constants or draft.uses.get(n) != 1 for n in statistics):
             continue
-        fresh = replaced(node, training_mode=1, momentum=momentum)
+        fresh = replaced(node, training_mode=1, momentum=float(momentum))
         for name in statistics:
             draft.buffers[name] = draft.constants.pop(name).astype(np.float32)
             draft.updates[name] = draft.name("running")

@@ -64,7 +64,7 @@ def test_a_quantised_model_is_refused() -> None:
         "s = Constant<value = float {0.1}>() z = Constant<value = uint8 {0}>() "
         "q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) y = MatMul(d, w)"
     )
-    with pytest.raises(TrainingError, match="quantised model .*QuantizeLinear.*float model"):
+    with pytest.raises(TrainingError, match=r"quantised model .*QuantizeLinear.*float"):
         legalise(build(17, LINEAR, body))
 
 
