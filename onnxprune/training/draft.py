@@ -183,9 +183,20 @@ def to_model(draft: Draft) -> onnx.ModelProto:
     outputs += [tensor_info(o, draft.buffers[n]) for n, o in draft.updates.items()]
     constants = [numpy_helper.from_array(a, n) for n, a in draft.constants.items() if n in used]
     graph = helper.make_graph(draft.nodes, "training", inputs, outputs, constants)
+    graph.value_info.extend(_pooled_shapes(draft))
     model = helper.make_model(graph, opset_imports=_imports(draft.nodes))
     model.ir_version = 10
     return model
+
+
+def _pooled_shapes(draft: Draft) -> list[onnx.ValueInfoProto]:
+    """Shapes of what MaxPool reads: its gradient relies on them, and the runtime infers fewer."""
+    names = {node.input[0] for node in draft.nodes if node.op_type == "MaxPool"}
+    return [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, draft.shapes[name])
+        for name in sorted(names & draft.shapes.keys())
+        if name in draft.producers
+    ]
 
 
 def _imports(nodes: Sequence[onnx.NodeProto]) -> list[onnx.OperatorSetIdProto]:

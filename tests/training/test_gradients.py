@@ -745,3 +745,18 @@ def test_gradient_agrees_with_differences(
     weights = {t.name for t in model.graph.initializer if WEIGHT.match(t.name)}
     assert set(graph.parameters) == weights
     assert not graph.frozen
+
+
+@pytest.mark.parametrize("shared", ["norms", "concat"])
+def test_untrained_tensors_may_be_shared(shared: str, worker: Worker) -> None:
+    """The builder would give two gradients one name."""
+    inputs = "float[N,4] x, float[4,4] w, float[4] w1, float[4] b1"
+    norm = "LayerNormalization(h, w1, b1) j = MatMul(i, w) y = LayerNormalization(j, w1, b1)"
+    body = f"h = MatMul(x, w) i = {norm}"
+    if shared == "concat":
+        body = "t = Tanh(x) h = MatMul(x, w) y = Concat<axis=1>(t, t, h, t)"
+    model = build(17, inputs, body)
+    for tensor, value in zip(model.graph.initializer[1:], (1, 0), strict=True):
+        array = np.full(4, value, np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    assert set(check_gradient(model, worker).parameters) == {"w"}
