@@ -353,9 +353,9 @@ class _Run:
             yield parts
 
     def _finish_epoch(self, epoch: int, loss: float | None, rate: float, start: float) -> None:
-        """Measure, and keep the weights if they are the best so far (without validation data.
+        """Measure, and keep the weights if they are the best so far.
 
-        The last).
+        Without validation data the last ones are the best.
         """
         values = self.trainer.values()
         metrics = self._measure(values)

@@ -74,10 +74,9 @@ def ensure_training(progress: Progress | None = None) -> Runtime:
 
 
 def setup_training(target: Path | None = None, *, progress: Progress | None = None) -> Path:
-    """Install the training runtime into `target` (default.
+    """Install the training runtime into `target`, unless it is there already.
 
-    The managed folder) unless it is there already.
-
+    Without `target`: into the managed folder.
     The folder appears whole or not at all: a failed download leaves things as they were.
 
     Raises:

@@ -346,10 +346,7 @@ def _separate(draft: Draft) -> None:
 
 
 def _absorb_constants(draft: Draft) -> None:
-    """Constant nodes (of function bodies.
-
-    Or made by the opset converter) become constants of the draft.
-    """
+    """Make constants of Constant nodes, which function bodies and the opset converter bring."""
     nodes = []
     for node in draft.nodes:
         if node.op_type == "Constant" and not node.domain:

@@ -212,10 +212,7 @@ def _transposed_pads(
     dilations: list[int],
     sizes: list[int],
 ) -> tuple[list[int], list[int]]:
-    """What ConvTranspose cuts at the begin and end of each axis (negative.
-
-    Adds), as the standard defines it.
-    """
+    """What ConvTranspose cuts at the begin and end of each axis; a negative number adds."""
     rank = len(kernel)
     extra = list(options.get("output_padding") or [0] * rank)
     pads = list(options.get("pads") or [0] * 2 * rank)
