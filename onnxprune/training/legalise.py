@@ -8,6 +8,7 @@ values go back into it by name.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,9 +112,10 @@ def legalise(
             frozen[name] = "no differentiable path leads from it to a float output"
     trained = {n: p for n, p in found.trainable.items() if n not in frozen}
     if not trained:
-        reason = next(iter(frozen.values()))
+        reason, count = Counter(frozen.values()).most_common(1)[0]
         raise TrainingError(
-            f"nothing to train: all {len(frozen)} weights are frozen; the first because {reason}"
+            f"nothing to train: all {len(frozen)} weights are frozen, {count} of them because "
+            f"{reason}"
         )
     for name in frozen.keys() & draft.parameters.keys():
         draft.constants[name] = draft.parameters.pop(name)

@@ -285,40 +285,46 @@ def resize(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto]:
     ONNX Runtime itself computes the matrices.
     """
     options = attributes(node)
-    if options.get("coordinate_transformation_mode") == "tf_crop_and_resize" or options.get(
-        "antialias"
-    ):
-        raise Undifferentiable("Resize: tf_crop_and_resize and antialias are not covered")
-    scales, sizes = draft.value(node, 2), draft.value(node, 3)
+    crops = options.get("coordinate_transformation_mode") == "tf_crop_and_resize"
+    keeps_ratio = options.get("keep_aspect_ratio_policy", "stretch") != "stretch"
+    if crops or keeps_ratio or options.get("antialias"):
+        raise Undifferentiable("Resize: cropping, antialias and aspect ratios are not covered")
+    by_size = len(node.input) > 3 and bool(node.input[3])
+    scales = None if by_size else draft.value(node, 2)
     rank = draft.rank(node, node.input[0])
     axes = [a % rank for a in options.get("axes") or range(rank)]
     x = node.input[0]
     b = Builder(draft, node)
     for place, axis in enumerate(axes):
-        if scales is not None and scales.size and scales[place] == 1:
+        if scales is not None and scales[place] == 1:
             continue
-        if axis < 1:
-            if sizes is not None and draft.shape(node.input[0]) is not None:
+        if axis == 0:
+            if by_size:
                 continue  # the batch is never resampled
             raise Undifferentiable("Resize: it resamples the batch axis")
         before = draft.static(node, node.input[0], [axis])[0]
-        matrix = _resize_matrix(node, before, _length(scales, sizes, place, before), scales, place)
+        if scales is None:
+            after = _size_after(node, draft, place, axis)
+        else:
+            after = int(np.floor(before * np.float32(scales[place])))
+        matrix = _resize_matrix(node, before, after, scales, place)
         if matrix is not None:
             x = _along(b, x, matrix, axis, rank)
     return b.done(x)
 
 
-def _length(scales: Any, sizes: Any, place: int, before: int) -> int:
-    if sizes is not None and sizes.size:
-        return int(sizes[place])
-    return int(np.floor(before * np.float32(scales[place])))
+def _size_after(node: onnx.NodeProto, draft: Draft, place: int, axis: int) -> int:
+    """A resized length: from the sizes, or from the output's shape where they are computed."""
+    if node.input[3] in draft.constants:
+        return int(draft.constants[node.input[3]][place])
+    return draft.static(node, node.output[0], [axis])[0]
 
 
 def _resize_matrix(node: onnx.NodeProto, before: int, after: int, scales: Any, place: int) -> Any:
     """R[after, before], found by resizing the unit vectors."""
     from onnxprune import runtime
 
-    by_size = scales is None or not scales.size
+    by_size = scales is None
     if by_size and before == after:
         return None
     inputs = ["x", "", "", "sizes"] if by_size else ["x", "", "scales"]
