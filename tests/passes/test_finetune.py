@@ -17,6 +17,8 @@ from onnxprune import runtime
 from onnxprune.data import Batch, Dataset, open_data
 from onnxprune.errors import InvalidDataError, InvalidRecipeError, TrainingError
 from onnxprune.passes.finetune import Finetune, FinetuneResult
+from onnxprune.training import Runtime
+from onnxprune.training.client import Worker
 
 Array = NDArray[Any]
 MLP = """<ir_version: 8, opset_import: ["": 13], producer_name: "tests">
@@ -235,6 +237,50 @@ def test_what_is_frozen_is_reported() -> None:
     assert set(result.frozen) == {"w1", "b1"}
     assert "Floor" in result.frozen["w1"]
     np.testing.assert_array_equal(weights(result.model)["w1"], weights(STUDENT)["w1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("y = Softmax(z)", "y = Round(z)"), r"nothing to train: all .* frozen.*Round \(y\)"),
+        (("r = Relu(h)", "r = Relu(h) s = Floor(b2)"), None),
+    ],
+    ids=["unsupported", "unsupported beside the path"],
+)
+def test_what_cannot_be_differentiated(change: tuple[str, str], message: str | None) -> None:
+    student = initialized(MLP.replace(*change), SHAPES)
+    if message is None:
+        assert not dataclasses.replace(QUICK, epochs=1)(student, data=TRAIN).frozen
+        return
+    with pytest.raises(TrainingError, match=message):
+        QUICK(student, data=TRAIN)
+
+
+def test_without_labels_or_teacher_nothing_can_be_learned() -> None:
+    with pytest.raises(TrainingError, match="the data has no labels and there is no teacher"):
+        QUICK(STUDENT, data=UNLABELLED)
+
+
+def test_a_worker_that_dies_ends_the_training_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[Worker] = []
+
+    class Watched(Worker):
+        def __init__(self, runtime: Runtime) -> None:
+            super().__init__(runtime)
+            started.append(self)
+
+    class Killer(Recorder):
+        def step(self, done: int, **info: float) -> None:
+            started[0]._process.kill()
+
+    monkeypatch.setattr("onnxprune.passes.finetune.Worker", Watched)
+    with pytest.raises(
+        TrainingError, match=r"ended \(exit status -9\), perhaps for want of memory"
+    ):
+        QUICK(STUDENT, data=TRAIN, progress=Killer())
+    assert not started[0].alive
 
 
 def test_progress_tells_loss_metric_and_time() -> None:

@@ -82,6 +82,48 @@ def test_the_variable_names_a_python_or_a_folder(
         assert home.find_training() == runtime
 
 
+def test_the_order_of_discovery(
+    nowhere: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variable, this environment, the managed folder: each is taken away in turn."""
+    (tmp_path / "modules" / "onnxruntime").mkdir(parents=True)
+    monkeypatch.setenv(home.PYTHON_VARIABLE, str(tmp_path / "modules"))
+    monkeypatch.setattr(home, "_installed_here", lambda: True)
+    pretend_installed(nowhere)
+    assert home.find_training().source == home.PYTHON_VARIABLE
+    monkeypatch.delenv(home.PYTHON_VARIABLE)
+    assert home.find_training() == Runtime(Path(sys.executable), None, "this environment")
+    monkeypatch.setattr(home, "_installed_here", lambda: False)
+    assert home.find_training().source == "managed folder"
+
+
+def test_installing_twice_downloads_once(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: list[str] = []
+
+    def install(folder: Path, what: str) -> None:
+        installed.append(what)
+        pretend_installed(folder)
+
+    monkeypatch.setattr(home, "_pip_install", install)
+    monkeypatch.setattr(home, "_probe_numpy", lambda _: None)
+    assert home.ensure_training().source == "managed folder"
+    assert home.setup_training() == nowhere
+    assert home.ensure_training().path == nowhere
+    assert installed == [home.REQUIREMENT]
+    assert list(nowhere.parent.iterdir()) == [nowhere]
+
+
+def test_a_folder_in_use_is_not_overwritten(nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere.mkdir()
+    (nowhere / "precious.txt").write_text("mine")
+    monkeypatch.setattr(home, "_pip_install", lambda folder, _: pretend_installed(folder))
+    monkeypatch.setattr(home, "_probe_numpy", lambda _: None)
+    with pytest.raises(TrainingError, match="the folder must be empty or not exist"):
+        home.setup_training()
+    assert (nowhere / "precious.txt").read_text() == "mine"
+    assert list(nowhere.parent.iterdir()) == [nowhere]
+
+
 def test_a_variable_that_names_nothing_is_an_error(
     nowhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
