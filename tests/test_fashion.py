@@ -55,6 +55,10 @@ def test_end_to_end(
     assert result["macs"][1] <= 0.5 * result["macs"][0]
     assert set(result["seconds_per_epoch"]) == {"training", "fine-tuning"}
     assert len(list((workdir / "out").glob("fashion_mlp_8_0*.onnx"))) == 2
+    assert run(monkeypatch, *options, "--epochs=8", "--finetune=0", "--round-to=8") == 0
+    rounded = json.loads((workdir / "results" / "fashion-mlp-round8.json").read_text())
+    assert rounded["stages"][0]["accuracy"] == result["stages"][0]["accuracy"]
+    assert rounded["params"][1] != result["params"][1]
 
 
 def test_missing_data_says_how_to_get_it(

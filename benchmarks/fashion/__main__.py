@@ -23,6 +23,7 @@ def options() -> Options:
     budget.add_argument("--macs", type=float, help="share of the MACs to keep")
     budget.add_argument("--channels", type=float, help="share of each layer's channels to keep")
     parser.add_argument("--criterion", default="l2")
+    parser.add_argument("--round-to", type=int, default=1, help="channels are multiples of this")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=Path("out"), help="where models are kept")

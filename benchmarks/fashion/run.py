@@ -58,6 +58,7 @@ class Options:
     macs: float | None
     channels: float | None
     criterion: str
+    round_to: int
     seed: int
     threads: int
     cache: Path
@@ -158,7 +159,9 @@ def show(outcome: Outcome) -> None:
 def write(outcome: Outcome, folder: Path) -> Path:
     """Write the result as JSON; where it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"fashion-{outcome.options['model']}.json"
+    options = outcome.options
+    rounded = f"-round{options['round_to']}" if options["round_to"] > 1 else ""
+    path = folder / f"fashion-{options['model']}{rounded}.json"
     io.write_text(path, json.dumps(asdict(outcome), indent=2, default=str) + "\n")
     return path
 
@@ -186,6 +189,7 @@ def _pruned(model: onnx.ModelProto, options: Options, outcome: Outcome) -> onnx.
         macs=options.macs,
         channels=options.channels,
         criterion=options.criterion,
+        round_to=options.round_to,
         seed=options.seed,
         threads=options.threads,
     )
