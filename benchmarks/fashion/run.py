@@ -45,6 +45,7 @@ FINETUNING: dict[str, Any] = {
     "temperature": 4.0,
 }
 LATENCY_BATCH = 64
+LATENCY_THREADS = 1  # several would measure what else the machine does
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def measure(options: Options) -> Outcome:
     if options.finetune:
         tuned = stage("fine-tuned", lambda: _finetuned(pruned, model, data, options, outcome))
         io.save(tuned, path.with_name(path.stem + "_pruned.onnx"))
-    _measure_latency(model, pruned, outcome, options)
+    _measure_latency(model, pruned, outcome)
     return outcome
 
 
@@ -141,7 +142,7 @@ def show(outcome: Outcome) -> None:
         table.add_row(stage.name, f"{stage.accuracy:.2%}", f"{stage.seconds:.1f}")
     console.print(table)
     costs = Table("", "before", "after", "ratio")
-    latency = f"latency, batch {LATENCY_BATCH} (ms)"
+    latency = f"latency, batch {LATENCY_BATCH}, one thread (ms)"
     rows: dict[str, list[int] | list[float]] = {
         "parameters": outcome.params,
         "MACs": outcome.macs,
@@ -221,11 +222,9 @@ def _seconds_per_epoch(result: FinetuneResult) -> float:
     return statistics.median(epoch.seconds for epoch in result.history if epoch.epoch)
 
 
-def _measure_latency(
-    before: onnx.ModelProto, after: onnx.ModelProto, outcome: Outcome, options: Options
-) -> None:
+def _measure_latency(before: onnx.ModelProto, after: onnx.ModelProto, outcome: Outcome) -> None:
     feeds = random_feeds(before, batch=LATENCY_BATCH)
-    pairs = [(session(model, threads=options.threads), feeds) for model in (before, after)]
+    pairs = [(session(model, threads=LATENCY_THREADS), feeds) for model in (before, after)]
     outcome.latency_ms = list(latencies_ms(pairs))
 
 
@@ -234,5 +233,6 @@ def _machine(threads: int) -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
         "threads": threads,
+        "latency_threads": LATENCY_THREADS,
         "python": platform.python_version(),
     }
