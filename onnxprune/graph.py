@@ -5,7 +5,6 @@ The proto stays the source of truth; nothing here copies weights or mutates the 
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from onnxprune.errors import InvalidModelError
+from onnxprune.protos import bodies, topological_order
 
 Array = NDArray[Any]
 FLOATS = frozenset(
@@ -172,10 +172,8 @@ def _constant_node(node: Node) -> Constant | None:
 
 def _captured_by(proto: onnx.NodeProto) -> Iterator[str]:
     """Names that the bodies of a control-flow node take from outside."""
-    for attribute in proto.attribute:
-        bodies = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
-        for body in bodies:
-            yield from _free_names(body)
+    for body in bodies(proto):
+        yield from _free_names(body)
 
 
 def _free_names(body: onnx.GraphProto) -> Iterator[str]:
@@ -188,32 +186,11 @@ def _free_names(body: onnx.GraphProto) -> Iterator[str]:
 
 
 def _topological(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes in topological order, as close to the file's order as that allows (Kahn 1962)."""
     protos = list(graph.node)
-    made_by = {name: i for i, p in enumerate(protos) for name in p.output if name}
-    waiting, followers = [0] * len(protos), [[] for _ in protos]  # type: tuple[list[int], list[list[int]]]
-    ordered = True
-    for i, p in enumerate(protos):
-        sources = {made_by[n] for n in (*p.input, *_captured_by(p)) if n in made_by}
-        waiting[i] = len(sources)
-        for s in sources:
-            followers[s].append(i)
-            ordered &= s < i
-    if ordered:
-        return protos
-    ready = [i for i, n in enumerate(waiting) if n == 0]
-    heapq.heapify(ready)
-    order: list[onnx.NodeProto] = []
-    while ready:
-        i = heapq.heappop(ready)
-        order.append(protos[i])
-        for j in followers[i]:
-            waiting[j] -= 1
-            if waiting[j] == 0:
-                heapq.heappush(ready, j)
+    order = topological_order(protos, lambda p: (*p.input, *_captured_by(p)))
     if len(order) < len(protos):
-        stuck = next(p for i, p in enumerate(protos) if waiting[i] > 0)
+        stuck = protos[min(set(range(len(protos))) - set(order))]
         raise InvalidModelError(
             f"the graph has a cycle through node {stuck.name or stuck.op_type!r}"
         )
-    return order
+    return [protos[i] for i in order]

@@ -6,8 +6,7 @@ sorted nodes with unique names; what is written here brings a model into that fo
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
@@ -17,22 +16,10 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, numpy_helper
 
 from onnxprune.errors import InvalidModelError
+from onnxprune.protos import bodies, copy_fields, reads, topological_order
 
 _SCALARS: Final = (AttributeProto.FLOAT, AttributeProto.INT, AttributeProto.TENSOR)
 _LISTS: Final = {AttributeProto.FLOATS: "floats", AttributeProto.INTS: "ints"}
-
-
-def copy_fields(source: Any, target: Any, without: Iterable[str]) -> None:
-    """Copy all fields but some; new versions of ONNX may add fields."""
-    for descriptor, value in source.ListFields():
-        if descriptor.name in without:
-            continue
-        if hasattr(value, "CopyFrom"):
-            getattr(target, descriptor.name).CopyFrom(value)
-        elif isinstance(value, (str, bytes, int, float)):
-            setattr(target, descriptor.name, value)
-        else:
-            getattr(target, descriptor.name).extend(value)
 
 
 def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -64,20 +51,12 @@ def _domain(name: str) -> str:
     return "" if name == "ai.onnx" else name
 
 
-def _bodies(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
-    """The graphs in the attributes of these nodes."""
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                yield attribute.g
-            yield from attribute.graphs
-
-
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """The graph and all bodies in it, outer ones first."""
     yield graph
-    for body in _bodies(graph.node):
-        yield from _graphs(body)
+    for node in graph.node:
+        for body in bodies(node):
+            yield from _graphs(body)
 
 
 def initializer_names(graph: onnx.GraphProto) -> list[str]:
@@ -103,50 +82,26 @@ def check_names(graph: onnx.GraphProto, outer: frozenset[str] = frozenset()) -> 
                 "rename it"
             )
         defined.add(name)
-    for body in _bodies(graph.node):
-        check_names(body, outer | defined)
+    for node in graph.node:
+        for body in bodies(node):
+            check_names(body, outer | defined)
 
 
 def sort_nodes(graph: onnx.GraphProto) -> None:
-    """Sort nodes by dependency (Kahn 1962), otherwise in the order that they have; bodies too."""
-    for body in _bodies(graph.node):
-        sort_nodes(body)
-    producer = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
-    consumers: list[list[int]] = [[] for _ in graph.node]
-    waiting = [0] * len(graph.node)
-    for index, node in enumerate(graph.node):
-        sources = {producer[name] for name in _reads(node) if name in producer}
-        waiting[index] = len(sources)
-        for of_node in sources:
-            consumers[of_node].append(index)
-    ready = [index for index, count in enumerate(waiting) if not count]
-    order = []
-    while ready:
-        index = heapq.heappop(ready)
-        order.append(index)
-        for consumer in consumers[index]:
-            waiting[consumer] -= 1
-            if not waiting[consumer]:
-                heapq.heappush(ready, consumer)
-    if len(order) < len(waiting):
-        stuck = next(node for node, count in zip(graph.node, waiting, strict=True) if count)
+    """Sort nodes by dependency, otherwise in the order that they have; bodies too."""
+    for node in graph.node:
+        for body in bodies(node):
+            sort_nodes(body)
+    nodes = list(graph.node)
+    order = topological_order(nodes, reads)
+    if len(order) < len(nodes):
+        stuck = nodes[min(set(range(len(nodes))) - set(order))]
         raise InvalidModelError(
             f"graph '{graph.name}' has a cycle at or before node '{stuck.name}' ({stuck.op_type})"
         )
     if order != sorted(order):
-        nodes = list(graph.node)
         graph.ClearField("node")
         graph.node.extend(nodes[index] for index in order)
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """The names that a node reads, those that its bodies capture included."""
-    yield from node.input
-    for graph in _bodies([node]):
-        for inner in graph.node:
-            yield from _reads(inner)
-        for output in graph.output:
-            yield output.name
 
 
 class NodeNames:

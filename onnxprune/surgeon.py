@@ -26,10 +26,10 @@ import onnx
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from onnxprune.errors import InvalidModelError
+from onnxprune.protos import copy_fields
 from onnxprune.standin import (
     NodeNames,
     check_names,
-    copy_fields,
     dense,
     initializer_names,
     is_editable,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from onnxprune.graph import Constant
 from onnxprune.labels import Layout
 from onnxprune.ops import REWRITES
 from onnxprune.plan import Slice
+from onnxprune.protos import copy_fields, reads
 from onnxprune.rewriting import Edits, Mask, Rewriter
 
 Array = NDArray[Any]
@@ -35,9 +36,10 @@ class _State:
     coupling: Coupling
     rewriter: Rewriter
     taken: set[str]
+    aliases: Mapping[str, list[str]]
     tensors: dict[str, onnx.TensorProto] = field(default_factory=dict)
     added: list[onnx.TensorProto] = field(default_factory=list)
-    inputs: dict[tuple[int, int], str] = field(default_factory=dict)
+    inputs: dict[int, dict[int, str]] = field(default_factory=dict)
     slices: dict[str, Slice] = field(default_factory=dict)
 
     def name(self, wish: str) -> str:
@@ -47,6 +49,10 @@ class _State:
             name, n = f"{wish}_{n}", n + 1
         self.taken.add(name)
         return name
+
+    def rewire(self, index: int, slot: int, name: str) -> None:
+        """Input `slot` of node `index` will read `name`."""
+        self.inputs.setdefault(index, {})[slot] = name
 
 
 def apply_keep(coupling: Coupling, keep: Mask) -> Applied:
@@ -59,7 +65,11 @@ def apply_keep(coupling: Coupling, keep: Mask) -> Applied:
     taken = {n for node in graph.nodes for n in (*node.inputs, *node.outputs)} | set(
         graph.constants
     )
-    state = _State(coupling, rewriter, taken | {i.name for i in graph.model.graph.input})
+    aliases: dict[str, list[str]] = {}
+    for alias, name in coupling.aliases.items():
+        aliases.setdefault(name, []).append(alias)
+    taken |= {i.name for i in graph.model.graph.input}
+    state = _State(coupling, rewriter, taken, aliases)
     for name in coupling.constants:
         _slice_constant(state, graph.constants[name])
     for node in graph.nodes:
@@ -103,7 +113,8 @@ def _slice_constant(state: _State, constant: Constant) -> None:
         else:
             name = state.name(f"{constant.name}_pruned")
             state.added.append(_tensor(array, constant, name))
-            state.inputs.update((use, name) for use in uses)
+            for index, slot in uses:
+                state.rewire(index, slot, name)
         keep = {str(a): tuple(np.flatnonzero(m).tolist()) for a, m in cuts.items()}
         state.slices[name] = Slice(constant.name, constant.dims, array.shape, keep)
 
@@ -111,7 +122,7 @@ def _slice_constant(state: _State, constant: Constant) -> None:
 def _other_uses(state: _State, name: str) -> bool:
     """Whether the tensor is read where no labels were asked for, or leaves the graph."""
     graph = state.coupling.graph
-    names = [name, *(alias for alias, target in state.coupling.aliases.items() if target == name)]
+    names = [name, *state.aliases.get(name, ())]
     uses = {use for n in names for use in graph.uses.get(n, ())}
     passed = {(graph.producer[alias].index, 0) for alias in names[1:] if alias in graph.producer}
     known = state.coupling.constants[name].keys()
@@ -138,33 +149,19 @@ def _place_operands(state: _State, edits: Edits) -> None:
         else:
             fresh = state.name(f"{node.outputs[0]}_shape" if name else f"{node.outputs[0]}_operand")
             state.added.append(numpy_helper.from_array(value, fresh))
-            state.inputs[index, slot] = fresh
+            state.rewire(index, slot, fresh)
 
 
 def _assemble(state: _State, edits: Edits) -> onnx.ModelProto:
     source = state.coupling.graph.model
     model = onnx.ModelProto()
-    for descriptor, value in source.ListFields():
-        if descriptor.name != "graph":
-            _copy_field(model, descriptor.name, value)
-    for descriptor, value in source.graph.ListFields():
-        if descriptor.name not in ("node", "initializer", "value_info"):
-            _copy_field(model.graph, descriptor.name, value)
+    copy_fields(source, model, {"graph"})
+    copy_fields(source.graph, model.graph, {"node", "initializer", "value_info"})
     _write_nodes(state, edits, model.graph)
     _write_initializers(state, model.graph)
     _write_value_info(state, model.graph)
     _drop_dead(source.graph, model.graph)
     return model
-
-
-def _copy_field(message: Any, name: str, value: Any) -> None:
-    own = getattr(message, name)
-    if hasattr(own, "extend"):
-        own.extend(value)
-    elif hasattr(own, "CopyFrom"):
-        own.CopyFrom(value)
-    else:
-        setattr(message, name, value)
 
 
 def _write_nodes(state: _State, edits: Edits, graph: onnx.GraphProto) -> None:
@@ -193,15 +190,10 @@ def _edit_node(state: _State, edits: Edits, index: int, proto: onnx.NodeProto) -
         rest += [helper.make_attribute(name, value) for name, value in changed.items()]
         del proto.attribute[:]
         proto.attribute.extend(rest)
-    slots = [slot for i, slot in state.inputs if i == index] if index in _indices(state) else []
-    for slot in slots:
+    for slot, name in sorted(state.inputs.get(index, {}).items()):
         while len(proto.input) <= slot:
             proto.input.append("")
-        proto.input[slot] = state.inputs[index, slot]
-
-
-def _indices(state: _State) -> set[int]:
-    return {index for index, _ in state.inputs}
+        proto.input[slot] = name
 
 
 def _gather(state: _State, index: int, source: str, axis: int, picked: Array) -> onnx.NodeProto:
@@ -220,7 +212,7 @@ def _where(state: _State, index: int, slot: int, mask: Array, target: Array) -> 
     state.added += [
         numpy_helper.from_array(a, n) for a, n in zip((mask, target), names, strict=True)
     ]
-    state.inputs[index, slot] = fresh
+    state.rewire(index, slot, fresh)
     return helper.make_node("Where", [*names, node.input(slot)], [fresh], name=fresh)
 
 
@@ -254,39 +246,16 @@ def _write_value_info(state: _State, graph: onnx.GraphProto) -> None:
 
 def _drop_dead(before: onnx.GraphProto, after: onnx.GraphProto) -> None:
     """Remove what only the replaced parts used; what was unused before is none of our business."""
-    used_before = _used_names(before)
-    while True:
-        used = _used_names(after)
-        dead = [
-            i
-            for i, node in enumerate(after.node)
-            if not any(name in used for name in node.output)
-            and any(name in used_before for name in node.output)
-        ]
-        if not dead:
-            break
-        for i in reversed(dead):
+    used_before = {o.name for o in before.output}.union(*map(reads, before.node))
+    used = {o.name for o in after.output}
+    for i in reversed(range(len(after.node))):
+        node = after.node[i]
+        if used.isdisjoint(node.output) and not used_before.isdisjoint(node.output):
             del after.node[i]
+        else:
+            used.update(reads(node))
     inputs = {i.name for i in after.input}
-    gone = [
-        i
-        for i, t in enumerate(after.initializer)
-        if t.name not in used and t.name in used_before and t.name not in inputs
-    ]
-    for i in reversed(gone):
-        del after.initializer[i]
-
-
-def _used_names(graph: onnx.GraphProto) -> set[str]:
-    used = {o.name for o in graph.output}
-    for node in graph.node:
-        used.update(node.input)
-        used.update(_body_names(node))
-    return used
-
-
-def _body_names(node: onnx.NodeProto) -> Iterable[str]:
-    for attribute in node.attribute:
-        bodies = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs
-        for body in bodies:
-            yield from _used_names(body)
+    for i in reversed(range(len(after.initializer))):
+        name = after.initializer[i].name
+        if name not in used and name in used_before and name not in inputs:
+            del after.initializer[i]
