@@ -17,8 +17,6 @@ from onnxprune.analysis import (
     Analysis,
     analyse,
     inspection,
-    layer_rows,
-    measured_cost,
     planned_frozen,
 )
 from onnxprune.cost import count_params
@@ -29,11 +27,15 @@ from onnxprune.errors import (
     VerificationError,
 )
 from onnxprune.groups import Group, matching_units
+from onnxprune.options import Options, Verified
 from onnxprune.plan import Plan, PlannedGroup, fingerprint
 from onnxprune.progress import Progress, Silent
-from onnxprune.result import CheckReport, Cost, Inspection, Report, Result
+from onnxprune.rebuild import rebuild
+from onnxprune.reporting import make_report
+from onnxprune.result import CheckReport, Inspection, Result
 from onnxprune.rewriting import Mask
 from onnxprune.verify import (
+    FAILURES,
     Feeds,
     default_tolerance,
     difference,
@@ -51,22 +53,6 @@ if TYPE_CHECKING:
 Source = str | os.PathLike[str] | onnx.ModelProto
 Scope = Literal["exact", "all"]
 MAX_REPAIRS = 8
-CALIBRATION_SAMPLES = 1024
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `prune` was asked for."""
-
-    budget: Any
-    limits: Any
-    criterion: str
-    keep: tuple[str, ...]
-    finetune: int
-    max_drop: float | None
-    check: bool
-    seed: int
-    threads: int | None
 
 
 @dataclass
@@ -81,16 +67,6 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-@dataclass(frozen=True)
-class _Verified:
-    """A pruned model that passed the first two levels, and what was learned on the way."""
-
-    keep: Mask
-    applied: Applied
-    report: CheckReport | None
-    notes: tuple[str, ...]
 
 
 def prune(
@@ -165,11 +141,11 @@ def prune(
         verified = _prune_verified(analysis, options, feeds)
     plan = _plan(analysis, verified)
     with clock.stage("rebuild", listener):
-        rebuilt, steps = _rebuild(
+        rebuilt, metrics, steps = rebuild(
             original, verified.applied.model, train, held_out, options, listener
         )
     with clock.stage("check", listener):
-        report = _report(analysis, verified, rebuilt, held_out, options, feeds, steps)
+        report = make_report(analysis, verified, rebuilt, held_out, options, feeds, metrics, steps)
     return Result(rebuilt, plan, replace(report, seconds=dict(clock.seconds)))
 
 
@@ -219,6 +195,7 @@ def check(
     Without `tolerance` the size of the difference is reported and does not fail the check.
     """
     from onnxprune import runtime
+    from onnxprune.metrics import evaluate
 
     original, candidate = io.load(a), io.load(b)
     problems = structure_problems(candidate, original)
@@ -232,7 +209,7 @@ def check(
         outputs = [[list(runtime.run(s, f).values()) for f in feeds] for s in sessions]
         error = max(difference(y, x) for x, y in zip(*outputs, strict=True))
         if dataset is not None:
-            metrics = _compare(sessions, dataset, threads)
+            metrics = evaluate(sessions[1], dataset, threads=threads, reference=sessions[0])
     except OnnxPruneError as failure:
         sound = False
         problems.append(str(failure))
@@ -317,7 +294,7 @@ def _feeds(model: onnx.ModelProto, data: Dataset | None, seed: int) -> list[Feed
     return feeds
 
 
-def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]) -> _Verified:
+def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]) -> Verified:
     """Select and apply; where the result differs from its twin, keep the faulty groups, again."""
     from onnxprune.passes.apply import Applied, apply_keep
     from onnxprune.passes.score import score
@@ -334,12 +311,12 @@ def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]
             coupling, analysis.groups, scores, analysis.cost, options.budget, options.limits, fixed
         )
         if keep.all():
-            return _Verified(keep, Applied(analysis.model, {}), None, (*notes, _nothing(options)))
+            return Verified(keep, Applied(analysis.model, {}), None, (*notes, _nothing(options)))
         if not options.check:
-            return _Verified(keep, apply_keep(coupling, keep), None, tuple(notes))
+            return Verified(keep, apply_keep(coupling, keep), None, tuple(notes))
         report, applied = _verify(analysis, keep, feeds, tolerance, options, faulty)
         if applied is not None and report.passed:
-            return _Verified(keep, applied, report, tuple(notes))
+            return Verified(keep, applied, report, tuple(notes))
         blamed = find_faulty(
             analysis.groups,
             keep,
@@ -379,7 +356,7 @@ def _verify(
         error = twin_error(analysis.coupling, keep, applied.model, feeds, options.threads)
         if not error <= tolerance:
             problems.append(f"differs from its masked twin by {error:.3g}, more than {tolerance:g}")
-    except (OnnxPruneError, ValueError, IndexError, KeyError, AssertionError) as failure:
+    except FAILURES as failure:
         problems = [str(failure)]
     report = CheckReport(
         passed=not problems,
@@ -414,7 +391,7 @@ def _planned_keep(groups: Sequence[Group], plan: Plan, everything: Mask) -> Mask
     return keep
 
 
-def _plan(analysis: Analysis, verified: _Verified) -> Plan:
+def _plan(analysis: Analysis, verified: Verified) -> Plan:
     groups = tuple(
         PlannedGroup(
             g.name,
@@ -427,181 +404,4 @@ def _plan(analysis: Analysis, verified: _Verified) -> Plan:
     )
     return Plan(
         fingerprint(analysis.model), dict(verified.applied.slices), groups, planned_frozen(analysis)
-    )
-
-
-def _rebuild(
-    original: onnx.ModelProto,
-    pruned: onnx.ModelProto,
-    train: Dataset | None,
-    held_out: Dataset | None,
-    options: Options,
-    progress: Progress,
-) -> tuple[onnx.ModelProto, list[dict[str, Any]]]:
-    """Win accuracy back; each step says what it bought."""
-    steps: list[dict[str, Any]] = []
-    if train is None:
-        return pruned, steps
-    steps.append({"step": "pruned", **_metrics(pruned, held_out, original, options.threads)})
-    model = _reestimate(pruned, train)
-    if model is not pruned:
-        steps.append(
-            {"step": "reestimate-batchnorm", **_metrics(model, held_out, original, options.threads)}
-        )
-    if options.finetune:
-        from onnxprune.passes.finetune import Finetune
-
-        start = time.perf_counter()
-        tune = Finetune(epochs=options.finetune, seed=options.seed, threads=options.threads)
-        result = tune(model, teacher=original, data=train, val=held_out, progress=progress)
-        model = result.model
-        steps.append(
-            {
-                "step": "finetune",
-                "epochs": options.finetune,
-                "best_epoch": result.best_epoch,
-                "seconds_per_epoch": (time.perf_counter() - start) / options.finetune,
-                "frozen": dict(result.frozen),
-                **_metrics(model, held_out, original, options.threads),
-            }
-        )
-    return model, steps
-
-
-def _reestimate(model: onnx.ModelProto, data: Dataset) -> onnx.ModelProto:
-    if not any(node.op_type == "BatchNormalization" for node in model.graph.node):
-        return model
-    from onnxprune.passes.reestimate_batchnorm import ReestimateBatchNorm
-
-    return ReestimateBatchNorm(samples=CALIBRATION_SAMPLES)(model, data)
-
-
-def _metrics(
-    model: onnx.ModelProto,
-    data: Dataset | None,
-    reference: onnx.ModelProto | None,
-    threads: int | None,
-) -> dict[str, float]:
-    if data is None:
-        return {}
-    from onnxprune.metrics import evaluate
-
-    return evaluate(model, data, threads=threads, reference=reference)
-
-
-def _compare(sessions: Sequence[Any], data: Dataset, threads: int | None) -> dict[str, float]:
-    from onnxprune.metrics import evaluate
-
-    return evaluate(sessions[1], data, threads=threads, reference=sessions[0])
-
-
-def _report(
-    analysis: Analysis,
-    verified: _Verified,
-    rebuilt: onnx.ModelProto,
-    held_out: Dataset | None,
-    options: Options,
-    feeds: Sequence[Feeds],
-    steps: list[dict[str, Any]],
-) -> Report:
-    original, keep = analysis.model, verified.keep
-    before = measured_cost(analysis, original, analysis.everything)
-    after = measured_cost(analysis, rebuilt, keep)
-    checks = [c for c in (verified.report,) if c is not None]
-    old = _metrics(original, held_out, None, options.threads) if held_out is not None else {}
-    new = _metrics(rebuilt, held_out, original, options.threads)
-    before, after = _with_latency(original, rebuilt, before, after, feeds, options)
-    if options.check:
-        checks.append(_behaviour(original, rebuilt, old, new, options, len(feeds)))
-    target = options.budget
-    return Report(
-        before=replace(before, metrics=old),
-        after=replace(after, metrics=new),
-        layers=layer_rows(analysis, keep),
-        budget={
-            "kind": target.kind,
-            "target": target.value,
-            "reached": _reached(analysis, keep, options),
-        },
-        options={
-            "scope": options.limits.scope,
-            "criterion": options.criterion,
-            "round_to": options.limits.round_to,
-            "min_keep": options.limits.min_keep,
-            "keep": list(options.keep),
-            "finetune": options.finetune,
-            "max_drop": options.max_drop,
-            "seed": options.seed,
-        },
-        checks=tuple(checks),
-        rebuild=tuple(steps),
-        notes=verified.notes,
-        seconds={},
-    )
-
-
-def _reached(analysis: Analysis, keep: Mask, options: Options) -> float:
-    whole = analysis.everything
-    cost = analysis.cost
-    if options.budget.kind == "macs":
-        return cost.macs(keep) / max(cost.macs(whole), 1.0)
-    if options.budget.kind == "params":
-        return cost.params(keep) / max(cost.params(whole), 1.0)
-    if options.budget.kind == "size-mb":
-        return cost.size_mb(keep)
-    prunable = (
-        np.concatenate([g.units for g in analysis.groups]) if analysis.groups else np.zeros(0, int)
-    )
-    return float(keep[prunable].mean()) if prunable.size else 1.0
-
-
-def _with_latency(
-    original: onnx.ModelProto,
-    rebuilt: onnx.ModelProto,
-    before: Cost,
-    after: Cost,
-    feeds: Sequence[Feeds],
-    options: Options,
-) -> tuple[Cost, Cost]:
-    """Both latencies, measured in turns so that they share what else the machine does."""
-    from onnxprune import runtime
-
-    sessions = [runtime.session(m, threads=options.threads) for m in (original, rebuilt)]
-    times = runtime.latencies_ms([(s, feeds[0]) for s in sessions])
-    return replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
-
-
-def _behaviour(
-    original: onnx.ModelProto,
-    rebuilt: onnx.ModelProto,
-    old: Mapping[str, float],
-    new: Mapping[str, float],
-    options: Options,
-    feeds: int,
-) -> CheckReport:
-    """Level 3: the finished model answers as the original does, within the asked budget."""
-    problems = structure_problems(rebuilt, original)
-    sound = not problems
-    metric = next((m for m in ("accuracy", "agreement") if m in new), None)
-    if options.max_drop is not None:
-        if metric is None:
-            problems.append(
-                "--max-drop was given, but there is no metric: add --val data with labels"
-            )
-        else:
-            drop = 100 * (old.get(metric, 1.0) - new[metric])
-            if drop > options.max_drop + 1e-9:
-                problems.append(
-                    f"{metric} fell by {drop:.2f} points, more than --max-drop {options.max_drop:g}"
-                )
-    return CheckReport(
-        passed=not problems,
-        structure=sound,
-        max_error=None,
-        tolerance=None,
-        feeds=feeds,
-        reference="the original model",
-        agreement=new.get("agreement"),
-        metrics=new,
-        problems=tuple(problems),
     )

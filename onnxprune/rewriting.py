@@ -93,15 +93,16 @@ class Rewriter:
 
     def dims_after(self, node: Node, slot: int) -> Dims:
         """The shape of input `slot` after pruning."""
-        return self._after(self.dims(node, slot), self.layout(node, slot))
+        return self.resized(self.dims(node, slot), self.layout(node, slot))
 
     def out_dims_after(self, node: Node, index: int = 0) -> Dims:
         """The shape of output `index` after pruning."""
-        return self._after(
+        return self.resized(
             self.out_dims(node, index), self.coupling.layouts.get(node.outputs[index], ())
         )
 
-    def _after(self, dims: Dims, layout: Layout) -> Dims:
+    def resized(self, dims: Dims, layout: Layout) -> Dims:
+        """What is left of a tensor's shape, by its labels."""
         after = list(dims)
         for block in layout:
             settled = self.coupling.settled.get(id(block)) if block.joint else None

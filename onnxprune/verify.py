@@ -20,6 +20,8 @@ from onnxprune.twin import masked_twin
 
 Feeds = Mapping[str, NDArray[Any]]
 Array = NDArray[Any]
+#: What applying a wrong rule, or running its result, may raise.
+FAILURES = (OnnxPruneError, ValueError, IndexError, KeyError, AssertionError)
 _INLINE_BYTES = 1_900_000_000
 
 
@@ -175,5 +177,5 @@ def is_sound(
     try:
         pruned = apply_keep(coupling, keep).model
         return twin_error(coupling, keep, pruned, feeds, threads) <= tolerance
-    except (OnnxPruneError, ValueError, IndexError, KeyError, AssertionError):
+    except FAILURES:
         return False

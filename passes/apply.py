@@ -238,7 +238,7 @@ def _write_value_info(state: _State, graph: onnx.GraphProto) -> None:
         before = shapes.dims(value.name)
         if before is None or not value.type.tensor_type.HasField("shape"):
             continue
-        after = rewriter._after(before, state.coupling.layouts.get(value.name, ()))
+        after = rewriter.resized(before, state.coupling.layouts.get(value.name, ()))
         for axis, dim in enumerate(copy.type.tensor_type.shape.dim):
             if axis < len(after) and before[axis] != after[axis] and dim.HasField("dim_value"):
                 dim.dim_value = after[axis]

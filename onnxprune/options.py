@@ -1,0 +1,37 @@
+"""What a run was asked for, and what its first stages hand on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from onnxprune.result import CheckReport
+from onnxprune.rewriting import Mask
+
+if TYPE_CHECKING:
+    from onnxprune.passes.apply import Applied
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `prune` was asked for."""
+
+    budget: Any
+    limits: Any
+    criterion: str
+    keep: tuple[str, ...]
+    finetune: int
+    max_drop: float | None
+    check: bool
+    seed: int
+    threads: int | None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A pruned model that passed the first two levels, and what was learned on the way."""
+
+    keep: Mask
+    applied: Applied
+    report: CheckReport | None
+    notes: tuple[str, ...]

@@ -1,0 +1,130 @@
+"""The last stage: measure the finished model, check how it behaves, and report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from onnxprune.analysis import Analysis, layer_rows, measured_cost
+from onnxprune.options import Options, Verified
+from onnxprune.rebuild import measure
+from onnxprune.result import CheckReport, Cost, Report
+from onnxprune.rewriting import Mask
+from onnxprune.verify import Feeds, structure_problems, units_of
+
+if TYPE_CHECKING:
+    from onnxprune.data import Dataset
+
+
+def make_report(
+    analysis: Analysis,
+    verified: Verified,
+    rebuilt: onnx.ModelProto,
+    held_out: Dataset | None,
+    options: Options,
+    feeds: Sequence[Feeds],
+    new: Mapping[str, float],
+    steps: Sequence[Mapping[str, Any]],
+) -> Report:
+    """Everything measured; `new` are the rebuilt model's metrics, `steps` those on the way."""
+    original, keep = analysis.model, verified.keep
+    before = measured_cost(analysis, original, analysis.everything)
+    after = measured_cost(analysis, rebuilt, keep)
+    checks = [c for c in (verified.report,) if c is not None]
+    old = measure(original, held_out, None, options.threads)
+    before, after = _with_latency(original, rebuilt, before, after, feeds, options)
+    if options.check:
+        checks.append(_behaviour(original, rebuilt, old, new, options, len(feeds)))
+    target = options.budget
+    return Report(
+        before=replace(before, metrics=old),
+        after=replace(after, metrics=new),
+        layers=layer_rows(analysis, keep),
+        budget={
+            "kind": target.kind,
+            "target": target.value,
+            "reached": _reached(analysis, keep, options),
+        },
+        options={
+            "scope": options.limits.scope,
+            "criterion": options.criterion,
+            "round_to": options.limits.round_to,
+            "min_keep": options.limits.min_keep,
+            "keep": list(options.keep),
+            "finetune": options.finetune,
+            "max_drop": options.max_drop,
+            "seed": options.seed,
+        },
+        checks=tuple(checks),
+        rebuild=tuple(steps),
+        notes=verified.notes,
+        seconds={},
+    )
+
+
+def _reached(analysis: Analysis, keep: Mask, options: Options) -> float:
+    whole = analysis.everything
+    cost = analysis.cost
+    if options.budget.kind == "macs":
+        return cost.macs(keep) / max(cost.macs(whole), 1.0)
+    if options.budget.kind == "params":
+        return cost.params(keep) / max(cost.params(whole), 1.0)
+    if options.budget.kind == "size-mb":
+        return cost.size_mb(keep)
+    prunable = units_of(analysis.groups)
+    return float(keep[prunable].mean()) if prunable.size else 1.0
+
+
+def _with_latency(
+    original: onnx.ModelProto,
+    rebuilt: onnx.ModelProto,
+    before: Cost,
+    after: Cost,
+    feeds: Sequence[Feeds],
+    options: Options,
+) -> tuple[Cost, Cost]:
+    """Both latencies, measured in turns so that they share what else the machine does."""
+    from onnxprune import runtime
+
+    sessions = [runtime.session(m, threads=options.threads) for m in (original, rebuilt)]
+    times = runtime.latencies_ms([(s, feeds[0]) for s in sessions])
+    return replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
+
+
+def _behaviour(
+    original: onnx.ModelProto,
+    rebuilt: onnx.ModelProto,
+    old: Mapping[str, float],
+    new: Mapping[str, float],
+    options: Options,
+    feeds: int,
+) -> CheckReport:
+    """Level 3: the finished model answers as the original does, within the asked budget."""
+    problems = structure_problems(rebuilt, original)
+    sound = not problems
+    metric = next((m for m in ("accuracy", "agreement") if m in new), None)
+    if options.max_drop is not None:
+        if metric is None:
+            problems.append(
+                "--max-drop was given, but there is no metric: add --val data with labels"
+            )
+        else:
+            drop = 100 * (old.get(metric, 1.0) - new[metric])
+            if drop > options.max_drop + 1e-9:
+                problems.append(
+                    f"{metric} fell by {drop:.2f} points, more than --max-drop {options.max_drop:g}"
+                )
+    return CheckReport(
+        passed=not problems,
+        structure=sound,
+        max_error=None,
+        tolerance=None,
+        feeds=feeds,
+        reference="the original model",
+        agreement=new.get("agreement"),
+        metrics=new,
+        problems=tuple(problems),
+    )
