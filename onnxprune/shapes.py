@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from onnxprune.graph import Constant, Graph, Node
+from onnxprune.vendor import SHAPE_RULES, output_shapes
 
 Array = NDArray[Any]
 Dims = tuple[int, ...]
@@ -212,6 +213,15 @@ class _Walk:
                 self.dims[out] = self.dims[source]
                 self.types[out] = self.types.get(source, onnx.TensorProto.FLOAT)
 
+    def _apply_shape_rule(self, node: Node) -> None:
+        present = [name for name in node.inputs if name]
+        if any(name not in self.dims or name not in self.types for name in present):
+            return
+        inputs = [(self.dims[n], self.types[n]) if n else ((), 0) for n in node.inputs]
+        for name, (dims, kind) in zip(node.outputs, output_shapes(node, inputs), strict=False):
+            if name:
+                self.dims[name], self.types[name] = dims, kind
+
     def _fold(self, node: Node, fold: Callable[..., Any]) -> bool:
         if node.op_type in ("Shape", "Size"):
             dims = self.dims.get(node.inputs[0])
@@ -249,6 +259,9 @@ class _Walk:
         return theirs.get(node.outputs[0]) if same else None
 
     def _infer(self, node: Node) -> None:
+        if (node.domain, node.op_type) in SHAPE_RULES:
+            self._apply_shape_rule(node)
+            return
         version = self.graph.opsets.get(node.domain)
         if version is None or not onnx.defs.has(node.op_type, version, node.domain):
             return
