@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from onnxprune.bodies import separate_bodies
 from onnxprune.cost import CostModel, cost_model, count_params, size_bytes
 from onnxprune.coupling import Coupling, couple
 from onnxprune.graph import Graph, Node
@@ -34,12 +35,15 @@ class Analysis:
 
 
 def normalize(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its local functions inlined; the same object where there are none."""
-    if not model.functions:
-        return model
-    from onnx import inliner
+    """The model with its local functions inlined and names unique over all bodies.
 
-    return inliner.inline_local_functions(model)
+    The same object where there are neither functions nor bodies.
+    """
+    if model.functions:
+        from onnx import inliner
+
+        model = inliner.inline_local_functions(model)
+    return separate_bodies(model)
 
 
 def analyse(model: onnx.ModelProto, *, granularity: str = "head") -> Analysis:

@@ -122,18 +122,20 @@ class Interpreter:
     settled: dict[int, tuple[Block, dict[int, Labels]]] = field(default_factory=dict)
     notes: dict[int, Labels] = field(default_factory=dict)
     keepers: list[Labels] = field(default_factory=list)
-    captured: set[str] = field(default_factory=set)
     interpreted: set[int] = field(default_factory=set)
     static: set[str] = field(default_factory=set)
     touched: set[tuple[int, int]] = field(default_factory=set)
+    repeats: float = 1.0
 
     # -- around a rule -----------------------------------------------------------------------------
 
     def begin(self, node: Node) -> None:
         """A rule is about to look at `node`."""
-        self.touched.clear()
+        self.touched = set()
         self.interpreted.add(node.index)
-        if all(not name or self.is_static(node, slot) for slot, name in enumerate(node.inputs)):
+        if not node.bodies and all(
+            not name or self.is_static(node, slot) for slot, name in enumerate(node.inputs)
+        ):
             self.static.update(node.outputs)
 
     def finish(self, node: Node) -> None:
@@ -198,7 +200,7 @@ class Interpreter:
         if (
             axis >= len(constant.dims)
             or constant.dims[axis] <= 1
-            or constant.name in self.graph.outputs
+            or constant.name in self.graph.leaving
         ):
             return None
         own = self.constants.setdefault(constant.name, {})
@@ -276,7 +278,8 @@ class Interpreter:
 
     def layer(self, node: Node, weight: int, macs: float, *axes: Labels | None) -> None:
         """The node does `macs` multiply-adds at full width, shrinking with each of `axes`."""
-        self.layers.append(Layer(node.index, weight, macs, tuple(a for a in axes if a is not None)))
+        found = tuple(a for a in axes if a is not None)
+        self.layers.append(Layer(node.index, weight, macs * self.repeats, found))
 
     def produce(self, node: Node, labels: Labels | None) -> None:
         """The node makes these channels: they are one layer's width."""
@@ -328,15 +331,9 @@ def couple(graph: Graph, shapes: Shapes, *, granularity: str = "head") -> Coupli
 
     state = Interpreter(graph, shapes, granularity)
     _label_inputs(state)
-    for node in graph.nodes:
+    for node in graph.top:
         interpret_node(state, node)
     _freeze_outputs(state)
-    for name in state.captured & state.constants.keys():
-        for axes in state.constants[name].values():
-            for labels in axes.values():
-                state.system.freeze(
-                    labels, -1, f"{name!r} is also used inside a loop or branch body"
-                )
     constants = {
         name: {
             use: tuple(Block((a,), v) for a, v in sorted(axes.items()))

@@ -6,7 +6,7 @@ The proto stays the source of truth; nothing here copies weights or mutates the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,16 @@ class Node:
     `inputs` and `outputs` are tensor names, empty where an optional one is absent.
     """
 
-    __slots__ = ("_attributes", "domain", "index", "inputs", "op_type", "outputs", "proto")
+    __slots__ = (
+        "_attributes",
+        "bodies",
+        "domain",
+        "index",
+        "inputs",
+        "op_type",
+        "outputs",
+        "proto",
+    )
 
     def __init__(self, index: int, proto: onnx.NodeProto) -> None:
         self.index = index
@@ -39,6 +48,7 @@ class Node:
         self.domain: str = "" if proto.domain == "ai.onnx" else proto.domain
         self.inputs: tuple[str, ...] = tuple(proto.input)
         self.outputs: tuple[str, ...] = tuple(proto.output)
+        self.bodies: tuple[Body, ...] = ()
         self._attributes: dict[str, Any] | None = None
 
     @property
@@ -60,6 +70,16 @@ class Node:
     def input(self, slot: int) -> str:
         """The tensor name in input `slot`, empty where absent."""
         return self.inputs[slot] if slot < len(self.inputs) else ""
+
+
+@dataclass(frozen=True)
+class Body:
+    """A graph in an attribute of a control-flow node: a branch, or what a loop repeats."""
+
+    proto: onnx.GraphProto
+    nodes: tuple[Node, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -96,18 +116,22 @@ class Constant:
 class Graph:
     """The index over `model`.
 
-    `nodes` is in topological order; `node.index` is the position in it.
+    `nodes` holds every node, those in bodies behind the node that they belong to; `node.index` is
+    the position in it. `top` are the nodes outside of bodies, in topological order. Names are
+    unique over all bodies (see `onnxprune.bodies`). `leaving` are the outputs of the model and of
+    all bodies.
     """
 
     model: onnx.ModelProto
     nodes: tuple[Node, ...]
+    top: tuple[Node, ...]
     constants: Mapping[str, Constant]
     producer: Mapping[str, Node]
     uses: Mapping[str, tuple[tuple[int, int], ...]]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     opsets: Mapping[str, int]
-    captured: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    leaving: frozenset[str]
 
     @classmethod
     def of(cls, model: onnx.ModelProto) -> Graph:
@@ -116,9 +140,14 @@ class Graph:
         Raises:
             InvalidModelError: the graph has a cycle or a tensor that nothing produces.
         """
-        protos = _topological(model.graph)
-        nodes = tuple(Node(i, p) for i, p in enumerate(protos))
-        constants = {t.name: _initializer(t) for t in model.graph.initializer}
+        nodes: list[Node] = []
+        top = _number(model.graph, nodes)
+        found = [body for node in nodes for body in node.bodies]
+        constants = {
+            t.name: _initializer(t)
+            for graph in (model.graph, *(body.proto for body in found))
+            for t in graph.initializer
+        }
         for node in nodes:
             if node.op_type == "Constant" and node.domain == "":
                 value = _constant_node(node)
@@ -129,21 +158,20 @@ class Graph:
             for slot, name in enumerate(node.inputs):
                 if name:
                     uses.setdefault(name, []).append((node.index, slot))
-        captured = {
-            node.index: names for node in nodes if (names := tuple(_captured_by(node.proto)))
-        }
+        outputs = tuple(o.name for o in model.graph.output)
         return cls(
             model=model,
-            nodes=nodes,
+            nodes=tuple(nodes),
+            top=top,
             constants=constants,
             producer={name: node for node in nodes for name in node.outputs if name},
             uses={name: tuple(where) for name, where in uses.items()},
             inputs=tuple(n for n in (i.name for i in model.graph.input) if n not in constants),
-            outputs=tuple(o.name for o in model.graph.output),
+            outputs=outputs,
             opsets={
                 ("" if o.domain == "ai.onnx" else o.domain): o.version for o in model.opset_import
             },
-            captured=captured,
+            leaving=frozenset(outputs).union(*(body.outputs for body in found)),
         )
 
     @property
@@ -170,7 +198,23 @@ def _constant_node(node: Node) -> Constant | None:
     return None
 
 
-def _captured_by(proto: onnx.NodeProto) -> Iterator[str]:
+def _number(graph: onnx.GraphProto, nodes: list[Node]) -> tuple[Node, ...]:
+    """Append the nodes of `graph`, and of the bodies in it, to `nodes`."""
+    own = []
+    for proto in _topological(graph):
+        node = Node(len(nodes), proto)
+        nodes.append(node)
+        own.append(node)
+        node.bodies = tuple(_body(body, nodes) for body in bodies(proto))
+    return tuple(own)
+
+
+def _body(graph: onnx.GraphProto, nodes: list[Node]) -> Body:
+    inputs, outputs = (tuple(v.name for v in values) for values in (graph.input, graph.output))
+    return Body(graph, _number(graph, nodes), inputs, outputs)
+
+
+def captured_by(proto: onnx.NodeProto) -> Iterator[str]:
     """Names that the bodies of a control-flow node take from outside."""
     for body in bodies(proto):
         yield from _free_names(body)
@@ -181,13 +225,13 @@ def _free_names(body: onnx.GraphProto) -> Iterator[str]:
     known |= {name for node in body.node for name in node.output}
     for node in body.node:
         yield from (name for name in node.input if name and name not in known)
-        yield from (name for name in _captured_by(node) if name not in known)
+        yield from (name for name in captured_by(node) if name not in known)
     yield from (o.name for o in body.output if o.name not in known)
 
 
 def _topological(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     protos = list(graph.node)
-    order = topological_order(protos, lambda p: (*p.input, *_captured_by(p)))
+    order = topological_order(protos, lambda p: (*p.input, *captured_by(p)))
     if len(order) < len(protos):
         stuck = protos[min(set(range(len(protos))) - set(order))]
         raise InvalidModelError(

@@ -8,7 +8,7 @@ input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from onnxprune.graph import Constant, Graph, Node
+from onnxprune.protos import bodies
 from onnxprune.vendor import SHAPE_RULES, output_shapes
 
 Array = NDArray[Any]
@@ -121,17 +122,27 @@ def _skeleton(graph: Graph) -> onnx.ModelProto:
     model.opset_import.extend(source.opset_import)
     model.functions.extend(source.functions)
     model.graph.name = source.graph.name or "graph"
-    model.graph.node.extend(node.proto for node in graph.nodes)
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            _drop_data(node)
+    model.graph.node.extend(node.proto for node in graph.top)
+    _drop_all_data(model.graph.node)
     model.graph.input.extend(source.graph.input)
     model.graph.output.extend(onnx.ValueInfoProto(name=o.name) for o in source.graph.output)
+    main = {tensor.name for tensor in source.graph.initializer}
     for constant in graph.constants.values():
-        if constant.node is None:
+        if constant.name in main:
             small = constant.size <= DATA_LIMIT
             model.graph.initializer.append(constant.tensor if small else _empty(constant.tensor))
     return model
+
+
+def _drop_all_data(nodes: Iterable[onnx.NodeProto]) -> None:
+    for node in nodes:
+        if node.op_type == "Constant":
+            _drop_data(node)
+        for body in bodies(node):
+            _drop_all_data(body.node)
+            for tensor in body.initializer:
+                if np.prod(tensor.dims, dtype=np.int64) > DATA_LIMIT:
+                    tensor.CopyFrom(_empty(tensor))
 
 
 def _drop_data(node: onnx.NodeProto) -> None:
@@ -159,23 +170,28 @@ def _at(
         inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
     except Exception:  # the inference of one operator fails: the walk below goes on without
         inferred = skeleton
-    walk = _Walk(graph, base)
+    from onnxprune.body_shapes import visit_bodies
+
+    walk = Walk(graph, base, visit_bodies)
     for value in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output):
         walk.note(value.name, value.type)
     for constant in graph.constants.values():
         walk.dims[constant.name] = constant.dims
         walk.types[constant.name] = constant.dtype
-    for node in graph.nodes:
+    for node in graph.top:
         walk.visit(node)
     return Sizing(walk.dims, walk.values), walk.types
 
 
-class _Walk:
+class Walk:
     """One pass over the nodes that folds small integer values and fills in missing shapes."""
 
-    def __init__(self, graph: Graph, base: Sizing | None) -> None:
+    def __init__(
+        self, graph: Graph, base: Sizing | None, enter: Callable[[Walk, Node], None]
+    ) -> None:
         self.graph = graph
         self.base = base
+        self.enter = enter
         self.dims: dict[str, Dims] = {}
         self.types: dict[str, int] = {}
         self.values: dict[str, Array] = {}
@@ -190,6 +206,12 @@ class _Walk:
             if -1 not in dims:
                 self.dims[name] = dims
 
+    def forget(self, name: str) -> None:
+        """What was found about `name` does not hold."""
+        if name not in self.graph.constants:
+            self.dims.pop(name, None)
+            self.values.pop(name, None)
+
     def value(self, name: str) -> Array | None:
         known = self.values.get(name)
         if known is None and name in self.graph.constants:
@@ -202,6 +224,9 @@ class _Walk:
 
     def visit(self, node: Node) -> None:
         if node.op_type == "Constant":
+            return
+        if node.bodies:
+            self.enter(self, node)
             return
         fold = FOLDS.get(node.op_type) if node.domain == "" else None
         if fold is not None and self._fold(node, fold):

@@ -9,6 +9,7 @@ pruned model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,10 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxprune.coupling import Coupling
 from onnxprune.graph import Node
 from onnxprune.labels import Labels, Layout
+from onnxprune.protos import bodies
 from onnxprune.rewriting import Mask, Rewriter
+
+Cuts = dict[int, Mask]
 
 
 @dataclass
@@ -41,15 +45,26 @@ class _Twin:
 def masked_twin(coupling: Coupling, keep: Mask) -> onnx.ModelProto:
     """The original model, blind to what `keep` removes."""
     twin = _Twin(coupling, Rewriter(coupling, keep))
-    masks: dict[tuple[int, int], dict[int, Mask]] = {}
+    masks: dict[tuple[int, int], Cuts] = {}
     for c in coupling.contractions:
         mask = twin.rewriter.mask(c.labels)
         if not mask.all():
             masks.setdefault((c.node, c.slot), {})[c.axis] = mask
     compact = {s.node for s in coupling.statistics if not twin.rewriter.mask(s.labels).all()}
-    for node in coupling.graph.nodes:
+    return _model(twin, _emit(twin, coupling.graph.top, masks, compact))
+
+
+def _emit(
+    twin: _Twin, nodes: Sequence[Node], masks: Mapping[tuple[int, int], Cuts], compact: Set[int]
+) -> list[onnx.NodeProto]:
+    """The nodes of one graph, and of the bodies in it, with what the twin adds."""
+    outer, twin.nodes = twin.nodes, []
+    for node in nodes:
         copy = onnx.NodeProto()
         copy.CopyFrom(node.proto)
+        for body, graph in zip(node.bodies, bodies(copy), strict=True):
+            del graph.node[:]
+            graph.node.extend(_emit(twin, body.nodes, masks, compact))
         if node.index in compact:
             _compact(twin, node, copy)
             continue
@@ -57,10 +72,11 @@ def masked_twin(coupling: Coupling, keep: Mask) -> onnx.ModelProto:
             if (node.index, slot) in masks:
                 copy.input[slot] = _masked(twin, node, slot, masks[node.index, slot])
         twin.nodes.append(copy)
-    return _model(twin)
+    made, twin.nodes = twin.nodes, outer
+    return made
 
 
-def _masked(twin: _Twin, node: Node, slot: int, masks: dict[int, Mask]) -> str:
+def _masked(twin: _Twin, node: Node, slot: int, masks: Cuts) -> str:
     """input * mask, for the masks of all contracted axes of one input."""
     source = node.inputs[slot]
     rank = len(twin.rewriter.dims(node, slot))
@@ -121,14 +137,14 @@ def _spread(
     return target
 
 
-def _model(twin: _Twin) -> onnx.ModelProto:
+def _model(twin: _Twin, nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
     source = twin.coupling.graph.model
     model = onnx.ModelProto(ir_version=source.ir_version)
     model.opset_import.extend(source.opset_import)
     model.functions.extend(source.functions)
     graph = model.graph
     graph.name = source.graph.name or "graph"
-    graph.node.extend(twin.nodes)
+    graph.node.extend(nodes)
     graph.initializer.extend(source.graph.initializer)
     graph.initializer.extend(twin.tensors)
     graph.sparse_initializer.extend(source.graph.sparse_initializer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from onnxprune.coupling import Coupling
-from onnxprune.graph import Constant
+from onnxprune.graph import Constant, Node
 from onnxprune.labels import Layout
 from onnxprune.ops import REWRITES
 from onnxprune.plan import Slice
@@ -126,7 +126,7 @@ def _other_uses(state: _State, name: str) -> bool:
     uses = {use for n in names for use in graph.uses.get(n, ())}
     passed = {(graph.producer[alias].index, 0) for alias in names[1:] if alias in graph.producer}
     known = state.coupling.constants[name].keys()
-    return bool(uses - passed - known) or any(n in graph.outputs for n in names)
+    return bool(uses - passed - known) or any(n in graph.leaving for n in names)
 
 
 def _tensor(array: Array, constant: Constant, name: str) -> onnx.TensorProto:
@@ -143,7 +143,7 @@ def _place_operands(state: _State, edits: Edits) -> None:
         node = graph.nodes[index]
         name = node.input(slot)
         own = graph.constants.get(name)
-        alone = own is not None and len(graph.uses.get(name, ())) == 1 and name not in graph.outputs
+        alone = own is not None and len(graph.uses.get(name, ())) == 1 and name not in graph.leaving
         if alone:
             state.tensors[name] = numpy_helper.from_array(value, name)
         else:
@@ -153,19 +153,37 @@ def _place_operands(state: _State, edits: Edits) -> None:
 
 
 def _assemble(state: _State, edits: Edits) -> onnx.ModelProto:
-    source = state.coupling.graph.model
+    graph = state.coupling.graph
+    source = graph.model
     model = onnx.ModelProto()
     copy_fields(source, model, {"graph"})
-    copy_fields(source.graph, model.graph, {"node", "initializer", "value_info"})
-    _write_nodes(state, edits, model.graph)
-    _write_initializers(state, model.graph)
-    _write_value_info(state, model.graph)
-    _drop_dead(source.graph, model.graph)
+    _write_graph(state, edits, graph.top, source.graph, model.graph)
+    model.graph.initializer.extend(state.added)
     return model
 
 
-def _write_nodes(state: _State, edits: Edits, graph: onnx.GraphProto) -> None:
-    for node in state.coupling.graph.nodes:
+def _write_graph(
+    state: _State,
+    edits: Edits,
+    nodes: Sequence[Node],
+    source: onnx.GraphProto,
+    target: onnx.GraphProto,
+) -> None:
+    """The model's graph, or a body, after pruning."""
+    copy_fields(source, target, {"node", "initializer", "value_info"})
+    for tensor in source.initializer:
+        target.initializer.append(state.tensors.get(tensor.name, tensor))
+    _write_nodes(state, edits, nodes, target)
+    target.value_info.extend(source.value_info)
+    for values in (target.value_info, target.input, target.output):
+        _write_values(state, values)
+    _drop_dead(source, target)
+
+
+def _write_nodes(
+    state: _State, edits: Edits, nodes: Sequence[Node], graph: onnx.GraphProto
+) -> None:
+    for node in nodes:
         if node.index in edits.gathers:
             graph.node.append(_gather(state, node.index, *edits.gathers[node.index]))
             continue
@@ -174,8 +192,25 @@ def _write_nodes(state: _State, edits: Edits, graph: onnx.GraphProto) -> None:
             if override is not None:
                 graph.node.append(_where(state, node.index, slot, *override))
         proto = graph.node.add()
-        proto.CopyFrom(node.proto)
+        if node.bodies:
+            _write_bodies(state, edits, node, proto)
+        else:
+            proto.CopyFrom(node.proto)
         _edit_node(state, edits, node.index, proto)
+
+
+def _write_bodies(state: _State, edits: Edits, node: Node, proto: onnx.NodeProto) -> None:
+    copy_fields(node.proto, proto, {"attribute"})
+    inner = iter(node.bodies)
+    for attribute in node.proto.attribute:
+        copy = proto.attribute.add()
+        copy_fields(attribute, copy, {"g", "graphs"})
+        if attribute.HasField("g"):
+            body = next(inner)
+            _write_graph(state, edits, body.nodes, body.proto, copy.g)
+        for _ in attribute.graphs:
+            body = next(inner)
+            _write_graph(state, edits, body.nodes, body.proto, copy.graphs.add())
 
 
 def _edit_node(state: _State, edits: Edits, index: int, proto: onnx.NodeProto) -> None:
@@ -216,30 +251,18 @@ def _where(state: _State, index: int, slot: int, mask: Array, target: Array) -> 
     return helper.make_node("Where", [*names, node.input(slot)], [fresh], name=fresh)
 
 
-def _write_initializers(state: _State, graph: onnx.GraphProto) -> None:
-    for tensor in state.coupling.graph.model.graph.initializer:
-        graph.initializer.append(state.tensors.get(tensor.name, tensor))
-    graph.initializer.extend(state.added)
-    changed = {t.name: t for t in state.tensors.values()}
-    for value in graph.input:
-        if value.name in changed:
-            for dim, size in zip(
-                value.type.tensor_type.shape.dim, changed[value.name].dims, strict=True
-            ):
-                dim.dim_value = size
-
-
-def _write_value_info(state: _State, graph: onnx.GraphProto) -> None:
+def _write_values(state: _State, values: Iterable[onnx.ValueInfoProto]) -> None:
     """Recorded shapes keep what they said, except where pruning changed it."""
     rewriter, shapes = state.rewriter, state.coupling.shapes
-    for value in state.coupling.graph.model.graph.value_info:
-        copy = graph.value_info.add()
-        copy.CopyFrom(value)
+    for value in values:
         before = shapes.dims(value.name)
         if before is None or not value.type.tensor_type.HasField("shape"):
             continue
-        after = rewriter.resized(before, state.coupling.layouts.get(value.name, ()))
-        for axis, dim in enumerate(copy.type.tensor_type.shape.dim):
+        if value.name in state.tensors:
+            after: Sequence[int] = state.tensors[value.name].dims
+        else:
+            after = rewriter.resized(before, state.coupling.layouts.get(value.name, ()))
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if axis < len(after) and before[axis] != after[axis] and dim.HasField("dim_value"):
                 dim.dim_value = after[axis]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from onnxprune.coupling import Interpreter
-from onnxprune.graph import Node
+from onnxprune.graph import Node, captured_by
 from onnxprune.ops import (
     contraction,
+    control,
     elementwise,
     indexing,
     lengths,
@@ -21,6 +22,7 @@ __all__ = ["REWRITES", "interpret_node"]
 
 _FAMILIES = (
     contraction,
+    control,
     elementwise,
     indexing,
     normalization,
@@ -40,25 +42,21 @@ def interpret_node(state: Interpreter, node: Node) -> None:
         return
     if lengths.follow(state, node):
         return
-    for name in state.graph.captured.get(node.index, ()):
-        _freeze_captured(state, node, name)
     entry = find(node, state.graph.opsets.get(node.domain, 1))
     if entry is None:
         for slot, name in enumerate(node.inputs):
             if name:
                 state.freeze_input(node, slot, f"no rule for operator {node.op_type}")
+        for name in captured_by(node.proto) if node.bodies else ():
+            for block in state.layouts.get(name, ()):
+                state.freeze(node, block.labels, f"used inside the body of {node.title}")
         return
-    if any(name and state.shapes.dims(name) is None for name in (*node.inputs, *node.outputs)):
+    if not node.bodies and any(
+        name and state.shapes.dims(name) is None for name in (*node.inputs, *node.outputs)
+    ):
         for slot in range(len(node.inputs)):
             state.freeze_input(node, slot, f"a shape around {node.title} is unknown")
         return
     state.begin(node)
     entry.rule(node, state)
     state.finish(node)
-
-
-def _freeze_captured(state: Interpreter, node: Node, name: str) -> None:
-    for block in state.layouts.get(name, ()):
-        state.freeze(node, block.labels, f"used inside the body of {node.title}")
-    if name in state.graph.constants:
-        state.captured.add(name)

@@ -1,0 +1,135 @@
+"""Shapes inside the bodies of control-flow nodes, and of what comes out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import onnx
+
+from onnxprune.graph import Body, Node
+
+if TYPE_CHECKING:
+    from onnxprune.shapes import Dims, Walk
+
+
+def visit_bodies(walk: Walk, node: Node) -> None:
+    """Walk through the bodies of `node`, then note the shapes of its outputs."""
+    if node.op_type == "If":
+        _branches(walk, node)
+    elif node.op_type == "Loop":
+        _loop(walk, node)
+    elif node.op_type == "Scan" and walk.graph.opset >= 9:
+        _scan(walk, node)
+
+
+def _branches(walk: Walk, node: Node) -> None:
+    for body in node.bodies:
+        _visit(walk, body)
+    taken = walk.value(node.inputs[0])
+    for index, name in enumerate(node.outputs):
+        found = [walk.dims.get(body.outputs[index]) for body in _chosen(node, taken)]
+        same = found[0] if all(dims == found[0] for dims in found) else None
+        _note(walk, name, same, walk.types.get(node.bodies[0].outputs[index]))
+
+
+def _chosen(node: Node, taken: object) -> tuple[Body, ...]:
+    """The branches that may run: one where the condition is known."""
+    if taken is None:
+        return node.bodies
+    which = "then_branch" if bool(taken) else "else_branch"
+    names = [a.name for a in node.proto.attribute if a.HasField("g")]
+    return (node.bodies[names.index(which)],)
+
+
+def _loop(walk: Walk, node: Node) -> None:
+    body = node.bodies[0]
+    count = len(node.inputs) - 2
+    _note(walk, body.inputs[0], (), onnx.TensorProto.INT64)
+    _note(walk, body.inputs[1], (), onnx.TensorProto.BOOL)
+    states = list(zip(node.inputs[2:], body.inputs[2:], body.outputs[1:], strict=False))
+    _repeat(walk, body, states)
+    for k, (_, inner, _) in enumerate(states):
+        _note(walk, node.outputs[k], walk.dims.get(inner), walk.types.get(inner))
+    limit = walk.value(node.inputs[0]) if node.inputs[0] else None
+    trips = _unknown(walk) if limit is None else int(limit.item())
+    for k in range(count, len(node.outputs)):
+        _stacked(walk, node.outputs[k], body.outputs[1 + k], trips, 0)
+
+
+def _scan(walk: Walk, node: Node) -> None:
+    body = node.bodies[0]
+    count = len(node.inputs) - int(node.attr("num_scan_inputs"))
+    trips = _unknown(walk)
+    for k in range(count, len(node.inputs)):
+        dims = walk.dims.get(node.inputs[k])
+        if dims:
+            axis = _axis(node, "scan_input_axes", k - count) % len(dims)
+            trips = dims[axis]
+            dims = dims[:axis] + dims[axis + 1 :]
+        _note(walk, body.inputs[k], dims, walk.types.get(node.inputs[k]))
+    states = list(zip(node.inputs[:count], body.inputs[:count], body.outputs, strict=False))
+    _repeat(walk, body, states)
+    for k, (_, inner, _) in enumerate(states):
+        _note(walk, node.outputs[k], walk.dims.get(inner), walk.types.get(inner))
+    for k in range(count, len(node.outputs)):
+        axis = _axis(node, "scan_output_axes", k - count)
+        _stacked(walk, node.outputs[k], body.outputs[k], trips, axis)
+
+
+def _axis(node: Node, name: str, index: int) -> int:
+    axes = node.attr(name)
+    return int(axes[index]) if axes else 0
+
+
+def _unknown(walk: Walk) -> int:
+    """A number of iterations that differs between the two sizes, as what is not fixed does."""
+    return 2 if walk.base is None else 3
+
+
+def _repeat(walk: Walk, body: Body, states: Iterable[tuple[str, str, str]]) -> None:
+    """Visit the body with its states; a state that comes out with another shape has no known one.
+
+    Each turn forgets at least one state's shape, so it ends.
+    """
+    known = {(first, inner, out) for first, inner, out in states if first in walk.dims}
+    for first, inner, _ in states:
+        _note(walk, inner, walk.dims.get(first), walk.types.get(first))
+    while True:
+        _visit(walk, body)
+        changing = {s for s in known if walk.dims.get(s[2]) != walk.dims[s[1]]}
+        if not changing:
+            return
+        for name in _made(body):
+            walk.forget(name)
+        for _, inner, _ in changing:
+            walk.dims.pop(inner, None)
+        known -= changing
+
+
+def _made(body: Body) -> Iterator[str]:
+    for node in body.nodes:
+        yield from node.outputs
+        for inner in node.bodies:
+            yield from inner.inputs
+            yield from _made(inner)
+
+
+def _visit(walk: Walk, body: Body) -> None:
+    for node in body.nodes:
+        walk.visit(node)
+
+
+def _stacked(walk: Walk, name: str, inner: str, trips: int, axis: int) -> None:
+    dims = walk.dims.get(inner)
+    if dims is not None:
+        own = axis % (len(dims) + 1)
+        dims = (*dims[:own], trips, *dims[own:])
+    _note(walk, name, dims, walk.types.get(inner))
+
+
+def _note(walk: Walk, name: str, dims: Dims | None, kind: int | None) -> None:
+    if kind is not None and name:
+        walk.types.setdefault(name, kind)
+    if dims is not None and name:
+        walk.dims[name] = dims
