@@ -17,6 +17,7 @@ from onnxprune.plan import FrozenAxis
 from onnxprune.result import Cost, FrozenRow, GroupRow, Inspection, LayerRow
 from onnxprune.rewriting import Mask, Rewriter
 from onnxprune.shapes import infer
+from onnxprune.statics import fold_statics
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def analyse(model: onnx.ModelProto, *, granularity: str = "head") -> Analysis:
     Raises:
         InvalidModelError: the graph is cyclic.
     """
-    graph = Graph.of(normalize(model))
+    graph = fold_statics(Graph.of(normalize(model)))
     coupling = couple(graph, infer(graph), granularity=granularity)
     return Analysis(model, coupling, find_groups(coupling), cost_model(coupling))
 

@@ -34,6 +34,7 @@ class Edits:
     operands: dict[tuple[int, int], Array] = field(default_factory=dict)
     overrides: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)
     gathers: dict[int, tuple[str, int, Array]] = field(default_factory=dict)
+    reshapes: dict[int, tuple[str, Array]] = field(default_factory=dict)
 
 
 class Rewriter:
@@ -169,6 +170,17 @@ class Rewriter:
     def replace_by_gather(self, node: Node, axis: int, index: Array, source: str = "") -> None:
         """The node becomes Gather(source or its own input, index, axis)."""
         self.edits.gathers[node.index] = (source or node.inputs[0], axis, index.astype(np.int64))
+
+    def replace_by_reshape(self, node: Node) -> None:
+        """The node becomes Reshape(its own input) to what is left of its output's shape."""
+        out = node.outputs[0]
+        target = [
+            n if self.shapes.is_fixed(out, axis) else -1
+            for axis, n in enumerate(self.out_dims_after(node))
+        ]
+        if target.count(-1) > 1:
+            self.fail(node, "a reshape with several free lengths")
+        self.edits.reshapes[node.index] = (node.inputs[0], np.array(target, np.int64))
 
     def fail(self, node: Node, words: str) -> None:
         """The pruned model cannot be expressed: the caller keeps the units concerned."""

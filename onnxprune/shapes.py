@@ -23,7 +23,7 @@ from onnxprune.vendor import SHAPE_RULES, output_shapes
 
 Array = NDArray[Any]
 Dims = tuple[int, ...]
-FOLD_LIMIT = 4096
+FOLD_LIMIT = 8192
 DATA_LIMIT = 1024
 #: Operators that onnx's inference passes by: their first output has their first input's shape.
 SAME_SHAPE = frozenset(("GroupNormalization", "RMSNormalization", "RotaryEmbedding", "Swish"))

@@ -187,6 +187,9 @@ def _write_nodes(
         if node.index in edits.gathers:
             graph.node.append(_gather(state, node.index, *edits.gathers[node.index]))
             continue
+        if node.index in edits.reshapes:
+            graph.node.append(_reshape(state, node.index, *edits.reshapes[node.index]))
+            continue
         for slot in range(len(node.inputs)):
             override = edits.overrides.get((node.index, slot))
             if override is not None:
@@ -238,6 +241,13 @@ def _gather(state: _State, index: int, source: str, axis: int, picked: Array) ->
     return helper.make_node(
         "Gather", [source, name], list(node.outputs), name=node.proto.name, axis=axis
     )
+
+
+def _reshape(state: _State, index: int, source: str, target: Array) -> onnx.NodeProto:
+    node = state.coupling.graph.nodes[index]
+    name = state.name(f"{node.outputs[0]}_shape")
+    state.added.append(numpy_helper.from_array(target, name))
+    return helper.make_node("Reshape", [source, name], list(node.outputs), name=node.proto.name)
 
 
 def _where(state: _State, index: int, slot: int, mask: Array, target: Array) -> onnx.NodeProto:

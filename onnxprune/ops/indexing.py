@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from onnxprune.coupling import Interpreter
 from onnxprune.graph import Node
-from onnxprune.labels import Labels
+from onnxprune.labels import Labels, reduce_to_varying
 from onnxprune.ops.registry import rewrite, rule
 from onnxprune.rewriting import Rewriter
+from onnxprune.shapes import Shapes
 
 Array = NDArray[Any]
 
@@ -177,6 +178,9 @@ def gather(node: Node, c: Interpreter) -> None:
             found[axis if axis < own else axis + extra] = c.axis(node, 0, axis)
             c.prefer(found[axis if axis < own else axis + extra])
     labels, index = c.axis(node, 0, own), c.value(node, 1)
+    if labels is not None and index is None and is_view(node, c.shapes):
+        _view(node, c, labels)
+        return
     if labels is not None:
         found.update(_pick(node, c, labels, index, own))
     if c.is_static(node, 0):
@@ -184,6 +188,27 @@ def gather(node: Node, c: Interpreter) -> None:
             if axis > own + extra:
                 c.produce(node, v)
     c.set(node, found)
+
+
+def is_view(node: Node, shapes: Shapes) -> bool:
+    """Whether Gather reads all of a flat tensor in order: a reshape, as strided views export."""
+    data, index = node.inputs[:2]
+    for sizing in (shapes.first, shapes.second):
+        value, dims = sizing.values.get(index), sizing.dims.get(data)
+        if value is None or dims is None or len(dims) != 1 or value.size != dims[0]:
+            return False
+        if not np.array_equal(value.ravel(), np.arange(dims[0])):
+            return False
+    return True
+
+
+def _view(node: Node, c: Interpreter, labels: Labels) -> None:
+    dims = c.out_dims(node)
+    block = reduce_to_varying(labels.reshape(dims), range(len(dims)))
+    if block is None:
+        c.freeze(node, labels[:1], f"the only channel left in {node.title}")
+    else:
+        c.set_layout(node, (block,))
 
 
 def _pick(
@@ -205,7 +230,11 @@ def rewrite_gather(node: Node, r: Rewriter) -> None:
     """Positions among what is left."""
     own = node.attr("axis", 0) % len(r.dims(node, 0))
     labels, index = r.labels(node, 0, own), r.value(node, 1)
-    if labels is None or index is None or r.mask(labels).all():
+    if labels is None or r.mask(labels).all():
+        return
+    if index is None:
+        if is_view(node, r.shapes):
+            r.replace_by_reshape(node)
         return
     new = r.positions(labels, index % labels.size)
     r.set_operand(node, 1, new.astype(index.dtype))

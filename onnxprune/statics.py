@@ -1,0 +1,216 @@
+"""Weights that the graph computes from constants alone become constants.
+
+Weight standardization, weight normalization, spectral normalization, low-rank updates: what a
+statistic over a pruned axis of a *weight* says is settled in the file, not at run time. Each
+connected part of such arithmetic is run once in ONNX Runtime and replaced by its results, wherever
+these take no more room than the constants that only it read. Layout alone (a Transpose, a Concat)
+stays, as labels follow it; quantizers stay, as their integers are the weights; so does randomness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from onnxprune.errors import OnnxPruneError
+from onnxprune.graph import FLOATS, Graph, Node
+from onnxprune.protos import bodies, copy_fields
+
+#: Operators that move or repeat elements and compute none.
+LAYOUT = frozenset(
+    (
+        "Cast",
+        "Concat",
+        "ConstantOfShape",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Pad",
+        "Range",
+        "Reshape",
+        "Shape",
+        "Size",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    )
+)
+_RANDOM = ("Random", "Bernoulli", "Multinomial", "Dropout")
+_DOMAINS = ("", "com.microsoft")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Connected static nodes, the values of them that others read, the constants that go."""
+
+    nodes: tuple[Node, ...]
+    results: tuple[str, ...]
+    freed: frozenset[str]
+
+
+def fold_statics(graph: Graph) -> Graph:
+    """The graph with computed weights as constants; the same object where there are none."""
+    folded: dict[str, onnx.TensorProto] = {}
+    gone: set[int] = set()
+    freed: set[str] = set()
+    for part in _parts(graph):
+        tensors = _computed(graph, part)
+        if tensors is not None:
+            folded.update(tensors)
+            gone.update(node.index for node in part.nodes)
+            freed |= part.freed
+    if not folded:
+        return graph
+    return Graph.of(_without(graph, gone, freed, folded))
+
+
+def _static_nodes(graph: Graph) -> list[Node]:
+    """Nodes of which every input is a constant that no caller can replace, or computed so."""
+    known = graph.constants.keys() - {i.name for i in graph.model.graph.input}
+    found: list[Node] = []
+    for node in graph.nodes:
+        if (
+            node.inputs
+            and all(not name or name in known for name in node.inputs)
+            and node.domain in _DOMAINS
+            and not node.op_type.startswith(_RANDOM)
+            and next(bodies(node.proto), None) is None
+        ):
+            known |= {name for name in node.outputs if name}
+            found.append(node)
+    return found
+
+
+def _parts(graph: Graph) -> list[_Part]:
+    """The connected parts of static arithmetic that are worth folding."""
+    static = _static_nodes(graph)
+    if all(node.op_type in LAYOUT for node in static):
+        return []
+    captured = {name for names in graph.captured.values() for name in names}
+    parts = (_part(graph, nodes, captured) for nodes in _connected(graph, static))
+    return [part for part in parts if part is not None]
+
+
+def _connected(graph: Graph, nodes: Sequence[Node]) -> list[list[Node]]:
+    """Nodes that pass values to each other, in the order of their first node."""
+    root = {node.index: node.index for node in nodes}
+
+    def find(index: int) -> int:
+        while root[index] != index:
+            root[index] = root[root[index]]
+            index = root[index]
+        return index
+
+    for node in nodes:
+        for name in node.inputs:
+            maker = graph.producer.get(name)
+            if maker is not None and maker.index in root:
+                a, b = sorted((find(maker.index), find(node.index)))
+                root[b] = a
+    parts: dict[int, list[Node]] = {}
+    for node in nodes:
+        parts.setdefault(find(node.index), []).append(node)
+    return list(parts.values())
+
+
+def _part(graph: Graph, nodes: Sequence[Node], captured: set[str]) -> _Part | None:
+    """The part that `nodes` are; None where nothing is computed, or a quantizer is among them."""
+    if all(n.op_type in LAYOUT for n in nodes) or any("uantize" in n.op_type for n in nodes):
+        return None
+    inside = {node.index for node in nodes}
+    results = [
+        name
+        for node in nodes
+        for name in node.outputs
+        if name and (_read_outside(graph, name, inside) or name in captured)
+    ]
+    if not results or any(name in graph.outputs for name in results):
+        return None
+    freed = {
+        name
+        for name in _constants(graph, nodes)
+        if not _read_outside(graph, name, inside)
+        and name not in captured
+        and name not in graph.outputs
+    }
+    return _Part(tuple(nodes), tuple(dict.fromkeys(results)), frozenset(freed))
+
+
+def _read_outside(graph: Graph, name: str, inside: set[int]) -> bool:
+    return any(index not in inside for index, _ in graph.uses.get(name, ()))
+
+
+def _computed(graph: Graph, part: _Part) -> dict[str, onnx.TensorProto] | None:
+    """The results as tensors; None where they are no weights, take more room, or do not run.
+
+    Vectors count nothing: a bias that several layers share is cut once for each anyway.
+    """
+    room = sum(graph.constants[n].size * _itemsize(graph.constants[n].dtype) for n in part.freed)
+    if not any(graph.constants[name].is_float for name in _constants(graph, part.nodes)):
+        return None
+    from onnxprune import runtime
+
+    try:
+        found = runtime.run(runtime.session(_program(graph, part), threads=1, optimize=False), {})
+    except OnnxPruneError:
+        return None
+    values = {name: np.asarray(value) for name, value in found.items()}
+    size = sum(v.nbytes for v in values.values() if v.size > max(v.shape, default=1))
+    tensors = {name: numpy_helper.from_array(value, name) for name, value in values.items()}
+    weights = all(t.data_type in FLOATS for t in tensors.values())
+    return (
+        tensors if weights and size <= room and max(v.size for v in values.values()) > 1 else None
+    )
+
+
+def _constants(graph: Graph, nodes: Sequence[Node]) -> set[str]:
+    return {name for node in nodes for name in node.inputs if name in graph.constants}
+
+
+def _itemsize(kind: int) -> int:
+    return int(helper.tensor_dtype_to_np_dtype(kind).itemsize)
+
+
+def _program(graph: Graph, part: _Part) -> onnx.ModelProto:
+    """A model without inputs that computes the results."""
+    source = graph.model
+    model = onnx.ModelProto(ir_version=source.ir_version)
+    model.opset_import.extend(source.opset_import)
+    model.graph.name = "statics"
+    model.graph.node.extend(node.proto for node in part.nodes)
+    for name in dict.fromkeys(n for node in part.nodes for n in node.inputs):
+        constant = graph.constants.get(name)
+        if constant is not None:
+            tensor = model.graph.initializer.add()
+            tensor.CopyFrom(constant.tensor)
+            tensor.name = name
+    for name in part.results:
+        model.graph.output.append(helper.make_empty_tensor_value_info(name))
+    return model
+
+
+def _without(
+    graph: Graph, gone: set[int], freed: set[str], folded: dict[str, onnx.TensorProto]
+) -> onnx.ModelProto:
+    """The model with `folded` as initializers, without the nodes and constants that made them."""
+    source = graph.model
+    model = onnx.ModelProto()
+    copy_fields(source, model, {"graph"})
+    copy_fields(source.graph, model.graph, {"node", "initializer", "value_info"})
+    dropped = gone | {
+        graph.producer[name].index for name in freed if graph.constants[name].node is not None
+    }
+    made = {name for index in dropped for name in graph.nodes[index].outputs}
+    model.graph.node.extend(n.proto for n in graph.nodes if n.index not in dropped)
+    model.graph.initializer.extend(t for t in source.graph.initializer if t.name not in freed)
+    model.graph.initializer.extend(folded.values())
+    model.graph.value_info.extend(v for v in source.graph.value_info if v.name not in made)
+    return model
