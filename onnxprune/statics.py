@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.graph import FLOATS, Graph, Node
-from onnxprune.protos import bodies, copy_fields
+from onnxprune.protos import copy_fields
 
 #: Operators that move or repeat elements and compute none.
 LAYOUT = frozenset(
@@ -76,13 +76,13 @@ def _static_nodes(graph: Graph) -> list[Node]:
     """Nodes of which every input is a constant that no caller can replace, or computed so."""
     known = graph.constants.keys() - {i.name for i in graph.model.graph.input}
     found: list[Node] = []
-    for node in graph.nodes:
+    for node in graph.top:
         if (
             node.inputs
             and all(not name or name in known for name in node.inputs)
             and node.domain in _DOMAINS
             and not node.op_type.startswith(_RANDOM)
-            and next(bodies(node.proto), None) is None
+            and not node.bodies
         ):
             known |= {name for name in node.outputs if name}
             found.append(node)
@@ -94,8 +94,7 @@ def _parts(graph: Graph) -> list[_Part]:
     static = _static_nodes(graph)
     if all(node.op_type in LAYOUT for node in static):
         return []
-    captured = {name for names in graph.captured.values() for name in names}
-    parts = (_part(graph, nodes, captured) for nodes in _connected(graph, static))
+    parts = (_part(graph, nodes) for nodes in _connected(graph, static))
     return [part for part in parts if part is not None]
 
 
@@ -121,7 +120,7 @@ def _connected(graph: Graph, nodes: Sequence[Node]) -> list[list[Node]]:
     return list(parts.values())
 
 
-def _part(graph: Graph, nodes: Sequence[Node], captured: set[str]) -> _Part | None:
+def _part(graph: Graph, nodes: Sequence[Node]) -> _Part | None:
     """The part that `nodes` are; None where nothing is computed, or a quantizer is among them."""
     if all(n.op_type in LAYOUT for n in nodes) or any("uantize" in n.op_type for n in nodes):
         return None
@@ -130,16 +129,14 @@ def _part(graph: Graph, nodes: Sequence[Node], captured: set[str]) -> _Part | No
         name
         for node in nodes
         for name in node.outputs
-        if name and (_read_outside(graph, name, inside) or name in captured)
+        if name and (_read_outside(graph, name, inside) or name in graph.leaving)
     ]
-    if not results or any(name in graph.outputs for name in results):
+    if not results or any(name in graph.leaving for name in results):
         return None
     freed = {
         name
         for name in _constants(graph, nodes)
-        if not _read_outside(graph, name, inside)
-        and name not in captured
-        and name not in graph.outputs
+        if not _read_outside(graph, name, inside) and name not in graph.leaving
     }
     return _Part(tuple(nodes), tuple(dict.fromkeys(results)), frozenset(freed))
 
@@ -209,7 +206,7 @@ def _without(
         graph.producer[name].index for name in freed if graph.constants[name].node is not None
     }
     made = {name for index in dropped for name in graph.nodes[index].outputs}
-    model.graph.node.extend(n.proto for n in graph.nodes if n.index not in dropped)
+    model.graph.node.extend(n.proto for n in graph.top if n.index not in dropped)
     model.graph.initializer.extend(t for t in source.graph.initializer if t.name not in freed)
     model.graph.initializer.extend(folded.values())
     model.graph.value_info.extend(v for v in source.graph.value_info if v.name not in made)

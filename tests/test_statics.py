@@ -166,3 +166,20 @@ def test_half_precision_stays() -> None:
     graph = fold_statics(Graph.of(model))
     assert graph.constants["f"].dtype == onnx.TensorProto.FLOAT16
     assert analyse(model).groups[0].exact
+
+
+def test_a_weight_that_a_branch_reads_is_folded() -> None:
+    model = build(
+        "(float[N,6] x, bool c) => (float[N,4] y)",
+        """n = ReduceL2<axes=[0]>(w)  f = Div(w, n)
+        a = If(c) <then_branch = g1 () => (float[N,8] t) { t = MatMul(x, f) },
+                   else_branch = g2 () => (float[N,8] e) { e = MatMul(x, w1) }>
+        y = MatMul(a, w2)""",
+        "w:6,8 w1:6,8 w2:8,4",
+        opset=17,
+    )
+    graph = fold_statics(Graph.of(model))
+    assert "f" in graph.constants
+    pruned = prune_half(model)
+    assert pruned.error <= TOLERANCE
+    assert shapes(pruned.model)["f"] == (6, 4)
