@@ -38,8 +38,7 @@ def _chosen(node: Node, taken: object) -> tuple[Body, ...]:
     if taken is None:
         return node.bodies
     which = "then_branch" if bool(taken) else "else_branch"
-    names = [a.name for a in node.proto.attribute if a.HasField("g")]
-    return (node.bodies[names.index(which)],)
+    return tuple(body for body in node.bodies if body.attribute == which)
 
 
 def _loop(walk: Walk, node: Node) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from onnxprune import io
 from onnxprune.coupling import Coupling
 from onnxprune.labels import Labels
 from onnxprune.rewriting import Mask
@@ -161,16 +162,8 @@ def _bytes(tensor: onnx.TensorProto, size: int) -> float:
 
 def count_params(model: onnx.ModelProto) -> int:
     """The number of weights in a model: elements of float and 8- and 4-bit tensors."""
-    total = 0
-    for tensor in model.graph.initializer:
-        if tensor.data_type in WEIGHT_TYPES:
-            total += math.prod(tensor.dims)
-    for node in model.graph.node:
-        if node.op_type == "Constant":
-            for a in node.attribute:
-                if a.name == "value" and a.t.data_type in WEIGHT_TYPES:
-                    total += math.prod(a.t.dims)
-    return total
+    found = (t for t in io.tensors(model) if t.data_type in WEIGHT_TYPES)
+    return sum(math.prod(tensor.dims) for tensor in found)
 
 
 def size_bytes(model: onnx.ModelProto) -> int:
@@ -183,4 +176,4 @@ def size_bytes(model: onnx.ModelProto) -> int:
             return int(size)
     except (EncodeError, ValueError):
         pass
-    return sum(len(t.raw_data) + 64 for t in model.graph.initializer)
+    return sum(io.tensor_bytes(t) + 64 for t in io.tensors(model))

@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from onnxprune.graph import Constant, Graph, Node
+from onnxprune.graph import Body, Constant, Graph, Node
 from onnxprune.labels import Block, Factor, Labels, Layout, Solution, System
 from onnxprune.shapes import Dims, Shapes
 
@@ -100,6 +100,7 @@ class Coupling:
     notes: Mapping[int, Labels]
     keepers: tuple[Labels, ...]
     interpreted: frozenset[int]
+    taken: Mapping[int, Body]
 
 
 @dataclass
@@ -123,6 +124,7 @@ class Interpreter:
     notes: dict[int, Labels] = field(default_factory=dict)
     keepers: list[Labels] = field(default_factory=list)
     interpreted: set[int] = field(default_factory=set)
+    taken: dict[int, Body] = field(default_factory=dict)
     static: set[str] = field(default_factory=set)
     touched: set[tuple[int, int]] = field(default_factory=set)
     repeats: float = 1.0
@@ -359,6 +361,7 @@ def couple(graph: Graph, shapes: Shapes, *, granularity: str = "head") -> Coupli
         notes=state.notes,
         keepers=tuple(state.keepers),
         interpreted=frozenset(state.interpreted),
+        taken=state.taken,
     )
 
 

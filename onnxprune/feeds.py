@@ -59,12 +59,31 @@ _LOOKUPS: Final[Mapping[str, Sequence[tuple[int, int]]]] = {
 }
 
 
+@dataclass(frozen=True)
+class _Defaults:
+    """The sizes of dynamic axes that nothing else determines."""
+
+    batch: int
+    scale: int
+    batch_second: bool
+
+    def size(self, value: onnx.ValueInfoProto, axis: int) -> int:
+        dims = value.type.tensor_type.shape.dim
+        dynamic = [not _is_static(dim, index) for index, dim in enumerate(dims)]
+        if axis == 0 or (axis == 1 and self.batch_second and not dynamic[0]):
+            return self.batch
+        image = len(dims) == 4 and axis > 1 and all(dynamic[2:])
+        return self.scale * (_IMAGE_SIZE if image else _SIZE)
+
+
 def random_feeds(
     model: onnx.ModelProto,
     *,
     seed: int = 0,
     batch: int | None = None,
     sizes: Mapping[str, int] | None = None,
+    scale: int = 1,
+    batch_second: bool = False,
 ) -> dict[str, NDArray[Any]]:
     """One random array for each input that is not an initializer.
 
@@ -84,7 +103,7 @@ def random_feeds(
     inputs = [value for value in model.graph.input if value.name not in given]
     for value in inputs:
         _check_input(value)
-    shapes = _shapes(inputs, batch or _BATCH, sizes or {})
+    shapes = _shapes(inputs, sizes or {}, _Defaults(batch or _BATCH, scale, batch_second))
     trace = _Trace(model.graph)
     feeds = {}
     for value in inputs:
@@ -108,10 +127,10 @@ def _check_input(value: onnx.ValueInfoProto) -> None:
 
 
 def _shapes(
-    inputs: Sequence[onnx.ValueInfoProto], batch: int, sizes: Mapping[str, int]
+    inputs: Sequence[onnx.ValueInfoProto], sizes: Mapping[str, int], defaults: _Defaults
 ) -> dict[str, tuple[int, ...]]:
     """The shape of each input, equal names of dynamic axes equal in size."""
-    symbols = _symbols(inputs, batch, sizes)
+    symbols = _symbols(inputs, sizes, defaults)
     shapes = {}
     for value in inputs:
         dims = value.type.tensor_type.shape.dim
@@ -125,14 +144,14 @@ def _shapes(
             elif dim.dim_param:
                 shape.append(_evaluate(dim.dim_param, symbols) or symbols[dim.dim_param])
             else:
-                shape.append(_default(value, axis, batch))
+                shape.append(defaults.size(value, axis))
         shapes[value.name] = tuple(shape)
     _check_sizes(sizes, symbols, shapes)
     return shapes
 
 
 def _symbols(
-    inputs: Sequence[onnx.ValueInfoProto], batch: int, sizes: Mapping[str, int]
+    inputs: Sequence[onnx.ValueInfoProto], sizes: Mapping[str, int], defaults: _Defaults
 ) -> dict[str, int]:
     """The size of every named axis; a name that is anywhere first is a batch."""
     symbols: dict[str, int] = {}
@@ -140,7 +159,7 @@ def _symbols(
         for value in inputs:
             for axis, dim in enumerate(value.type.tensor_type.shape.dim):
                 if dim.dim_param and (axis == 0) is first:
-                    default = _default(value, axis, batch)
+                    default = defaults.size(value, axis)
                     symbols.setdefault(dim.dim_param, sizes.get(dim.dim_param, default))
     return symbols
 
@@ -148,15 +167,6 @@ def _symbols(
 def _is_static(dim: onnx.TensorShapeProto.Dimension, axis: int) -> bool:
     """Some exporters write a dynamic axis as -1, or a dynamic first axis as 0."""
     return dim.HasField("dim_value") and (dim.dim_value > 0 or (dim.dim_value == 0 and axis > 0))
-
-
-def _default(value: onnx.ValueInfoProto, axis: int, batch: int) -> int:
-    """The size of a dynamic axis that nothing else determines."""
-    dims = value.type.tensor_type.shape.dim
-    dynamic = [not _is_static(dim, index) for index, dim in enumerate(dims)]
-    if axis == 0:
-        return batch
-    return _IMAGE_SIZE if len(dims) == 4 and axis > 1 and all(dynamic[2:]) else _SIZE
 
 
 def _evaluate(text: str, symbols: Mapping[str, int]) -> int | None:

@@ -76,6 +76,7 @@ class Node:
 class Body:
     """A graph in an attribute of a control-flow node: a branch, or what a loop repeats."""
 
+    attribute: str
     proto: onnx.GraphProto
     nodes: tuple[Node, ...]
     inputs: tuple[str, ...]
@@ -205,13 +206,17 @@ def _number(graph: onnx.GraphProto, nodes: list[Node]) -> tuple[Node, ...]:
         node = Node(len(nodes), proto)
         nodes.append(node)
         own.append(node)
-        node.bodies = tuple(_body(body, nodes) for body in bodies(proto))
+        node.bodies = tuple(
+            _body(attribute.name, graph, nodes)
+            for attribute in proto.attribute
+            for graph in ((attribute.g,) if attribute.HasField("g") else attribute.graphs)
+        )
     return tuple(own)
 
 
-def _body(graph: onnx.GraphProto, nodes: list[Node]) -> Body:
+def _body(attribute: str, graph: onnx.GraphProto, nodes: list[Node]) -> Body:
     inputs, outputs = (tuple(v.name for v in values) for values in (graph.input, graph.output))
-    return Body(graph, _number(graph, nodes), inputs, outputs)
+    return Body(attribute, graph, _number(graph, nodes), inputs, outputs)
 
 
 def captured_by(proto: onnx.NodeProto) -> Iterator[str]:

@@ -21,6 +21,7 @@ from onnxprune.analysis import (
 )
 from onnxprune.cost import count_params
 from onnxprune.errors import (
+    InvalidDataError,
     InvalidModelError,
     InvalidRecipeError,
     OnnxPruneError,
@@ -137,7 +138,7 @@ def prune(
         analysis = analyse(original)
         _check_prunable(analysis)
     with clock.stage("prune", listener):
-        feeds = _feeds(original, train, seed)
+        feeds = _feeds(original, train, seed, threads)
         verified = _prune_verified(analysis, options, feeds)
     plan = _plan(analysis, verified)
     with clock.stage("rebuild", listener):
@@ -201,7 +202,7 @@ def check(
     problems = structure_problems(candidate, original)
     sound = not problems
     dataset = _open(data, original)
-    feeds = _feeds(original, dataset, seed)
+    feeds = _feeds(original, dataset, seed, threads)
     error: float | None = None
     metrics: Mapping[str, float] = {}
     try:
@@ -279,19 +280,23 @@ def _open(source: Any, model: onnx.ModelProto) -> Dataset | None:
     return open_data(source, model)
 
 
-def _feeds(model: onnx.ModelProto, data: Dataset | None, seed: int) -> list[Feeds]:
-    """Inputs for the checks: random ones, and real ones where there are some."""
+def _feeds(
+    model: onnx.ModelProto, data: Dataset | None, seed: int, threads: int | None
+) -> list[Feeds]:
+    """Inputs for the checks: random ones at two batch sizes, and real ones where there are some.
+
+    A length that was baked in shows at another batch size.
+    """
     from onnxprune import runtime
 
-    feeds: list[Feeds] = [runtime.random_feeds(model, seed=seed)]
-    other = runtime.random_feeds(model, seed=seed + 1, batch=3)
-    if any(np.shape(other[name]) != np.shape(value) for name, value in feeds[0].items()):
-        feeds.append(other)  # a length that was baked in shows at another batch size
-    if data is not None:
-        first = next(iter(data.batches(4)), None)
-        if first is not None:
-            feeds.append(first.feeds)
-    return feeds
+    first = None if data is None else next(iter(data.batches(4)), None)
+    real = [] if first is None else [first.feeds]
+    try:
+        return [*runtime.working_feeds(model, seed=seed, threads=threads), *real]
+    except InvalidDataError:
+        if not real:
+            raise
+        return real
 
 
 def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]) -> Verified:

@@ -9,6 +9,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,7 +26,7 @@ from onnxprune.feeds import random_feeds
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-__all__ = ["latencies_ms", "latency_ms", "random_feeds", "run", "session"]
+__all__ = ["latencies_ms", "latency_ms", "random_feeds", "run", "session", "working_feeds"]
 
 _FATAL: Final = 4  # every failure is raised as well, so ONNX Runtime need not print it
 _WITHOUT_NUMPY: Final = re.compile(r"tensor\((bfloat16|float8\w+|float4\w+|u?int[24])\)")
@@ -178,6 +180,47 @@ def _array(value: Any) -> Any:
     tensor = TensorProto(data_type=value.element_type(), dims=value.shape())
     tensor.raw_data = ctypes.string_at(value.data_ptr(), io.tensor_bytes(tensor))
     return numpy_helper.to_array(tensor)
+
+
+#: (batch, scale) of the feeds that are tried on a model: some need longer signals or larger images.
+_TRIED: Final = ((2, 1), (1, 1), (2, 4), (1, 4), (1, 16), (1, 32), (1, 64), (1, 1024))
+
+
+def working_feeds(
+    model: onnx.ModelProto, *, seed: int = 0, threads: int | None = None
+) -> list[dict[str, NDArray[Any]]]:
+    """Random feeds on which the model runs, and others of another batch size where it runs on them.
+
+    Raises:
+        InvalidModelError, InvalidDataError: the model runs on none of the sizes that are tried.
+    """
+    target = session(model, threads=threads)
+    failure: InvalidDataError | InvalidModelError | None = None
+    for second, (batch, scale) in product((False, True), _TRIED):
+        make = partial(random_feeds, model, scale=scale, batch_second=second)
+        feeds = make(seed=seed, batch=batch)
+        try:
+            run(target, feeds)
+        except (InvalidDataError, InvalidModelError) as error:
+            failure = failure or error
+            continue
+        return [feeds, *_others(target, feeds, make(seed=seed + 1, batch=batch + 1))]
+    raise InvalidDataError(
+        f"the model does not run on random inputs, so nothing can be checked: {failure}; "
+        "give inputs with --data"
+    ) from failure
+
+
+def _others(
+    target: InferenceSession, first: Mapping[str, Any], other: dict[str, NDArray[Any]]
+) -> list[dict[str, NDArray[Any]]]:
+    if all(np.shape(other[name]) == np.shape(value) for name, value in first.items()):
+        return []
+    try:
+        run(target, other)
+    except (InvalidDataError, InvalidModelError):
+        return []
+    return [other]
 
 
 def latency_ms(

@@ -28,7 +28,7 @@ _INLINE_BYTES = 1_900_000_000
 def default_tolerance(model: onnx.ModelProto) -> float:
     """1e-4 relative to the largest output; 1e-2 where half precision is computed with."""
     halves = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    return 1e-2 if any(t.data_type in halves for t in model.graph.initializer) else 1e-4
+    return 1e-2 if any(t.data_type in halves for t in io.tensors(model)) else 1e-4
 
 
 def structure_problems(model: onnx.ModelProto, original: onnx.ModelProto) -> list[str]:

@@ -190,6 +190,9 @@ def _write_nodes(
         if node.index in edits.reshapes:
             graph.node.append(_reshape(state, node.index, *edits.reshapes[node.index]))
             continue
+        if node.index in state.coupling.taken:
+            _write_taken(state, edits, node, graph)
+            continue
         for slot in range(len(node.inputs)):
             override = edits.overrides.get((node.index, slot))
             if override is not None:
@@ -200,6 +203,17 @@ def _write_nodes(
         else:
             proto.CopyFrom(node.proto)
         _edit_node(state, edits, node.index, proto)
+
+
+def _write_taken(state: _State, edits: Edits, node: Node, graph: onnx.GraphProto) -> None:
+    """The only branch that ever runs takes the place of its If; the other one no longer fits."""
+    body = state.coupling.taken[node.index]
+    for tensor in body.proto.initializer:
+        graph.initializer.append(state.tensors.get(tensor.name, tensor))
+    _write_nodes(state, edits, body.nodes, graph)
+    for inner, outer in zip(body.outputs, node.outputs, strict=True):
+        if outer:
+            graph.node.append(helper.make_node("Identity", [inner], [outer], name=outer))
 
 
 def _write_bodies(state: _State, edits: Edits, node: Node, proto: onnx.NodeProto) -> None:
@@ -218,7 +232,7 @@ def _write_bodies(state: _State, edits: Edits, node: Node, proto: onnx.NodeProto
 
 def _edit_node(state: _State, edits: Edits, index: int, proto: onnx.NodeProto) -> None:
     if proto.op_type == "Constant" and proto.output[0] in state.tensors:
-        attribute = helper.make_attribute("value", state.tensors.pop(proto.output[0]))
+        attribute = helper.make_attribute("value", state.tensors[proto.output[0]])
         del proto.attribute[:]
         proto.attribute.append(attribute)
     changed = edits.attributes.get(index, {})

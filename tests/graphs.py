@@ -110,7 +110,7 @@ def prune_half(
         NOBODY,
     )
     applied = apply_keep(coupling, keep)
-    feeds = [runtime.random_feeds(model, seed=seed)]
+    feeds = runtime.working_feeds(model, seed=seed, threads=1)
     error = verify.twin_error(coupling, keep, applied.model, feeds, threads=1)
     ours, theirs = outputs(masked_twin(coupling, keep), feeds[0]), outputs(model, feeds[0])
     return Pruned(analysis, keep, applied, error, verify.difference(ours, theirs))

@@ -221,3 +221,64 @@ def test_the_pipeline_verifies_a_loop() -> None:
     result = prune(model, channels=0.5)
     assert result.report.checks[0].passed
     assert result.report.after.params < 0.6 * result.report.before.params
+
+
+SQUEEZE = """a = MatMul(x, w1)  s = Shape(a)  d = Gather(s, axis)  k = Equal(d, one)
+    b = If (k) <
+      then_branch = t () => (float[M,K] p) { p = ReduceSum<keepdims=0>(a, axis) },
+      else_branch = e () => (float[N,8] q) { q = Relu(a) }
+    >
+    y = MatMul(b, w2)"""
+
+
+def test_a_branch_that_fixed_shapes_choose_replaces_its_if() -> None:
+    model = build("(float[N,5,6] x) => (float[N,5,4] y)", SQUEEZE, "w1:6,8 w2:8,4 axis=1 one=1")
+    result = prune_half(model)
+    assert result.error <= TOLERANCE
+    assert "If" not in {node.op_type for node in result.model.graph.node}
+    assert _all_shapes(result.model)["w1"] == (6, 4)
+    assert not verify.structure_problems(result.model, model)
+
+
+@pytest.mark.parametrize(
+    ("axis", "words"),
+    [
+        (0, "the branches of If b differ in rank"),  # N is 1 for some inputs
+        (2, "its length is used in arithmetic by If b"),  # the channels themselves decide
+    ],
+)
+def test_what_may_choose_another_branch_stays(axis: int, words: str) -> None:
+    model = build(
+        "(float[N,5,6] x) => (float[?,?,4] y)", SQUEEZE, f"w1:6,8 w2:8,4 axis={axis} one=1"
+    )
+    assert words in {row.reason for row in inspect(model).frozen}
+    assert _all_shapes(prune_half(model).model)["w1"] == (6, 8)
+
+
+def test_the_rank_of_a_pruned_tensor_is_no_length() -> None:
+    model = build(
+        "(float[N,5,6] x) => (float[N,5,4] y)",
+        """a = MatMul(x, w1)  s = Shape(a)  rank = Size(s)  k = Equal(rank, three)
+        b = If (k) <
+          then_branch = t () => (float[N,5,8] p) { p = Relu(a) },
+          else_branch = e () => (float[N,5,8] q) { q = Unsqueeze(a, zero) }
+        >
+        y = MatMul(b, w2)""",
+        "w1:6,8 w2:8,4 three=3 zero=0",
+    )
+    assert _all_shapes(prune_half(model).model)["w1"] == (6, 4)
+
+
+def test_the_number_of_elements_of_a_pruned_tensor_is_a_length() -> None:
+    model = build(
+        "(float[N,6] x) => (float[N,4] y)",
+        "a = MatMul(x, w1)  n = Size(a)  f = Cast<to=1>(n)  b = Div(a, f)  y = MatMul(b, w2)",
+        "w1:6,8 w2:8,4",
+    )
+    reasons = {(row.tensor, row.axis): row.reason for row in inspect(model).frozen}
+    assert reasons["w1", 1] == "its length is used in arithmetic by Cast f"
+
+
+def test_weights_in_bodies_are_counted() -> None:
+    model = _model(next(r for r in ROWS if r.name == "if-same-names-own-weights"))
+    assert inspect(model).cost.params == 6 * 8 + 2 * 8 * 8 + 8 * 4 + 1

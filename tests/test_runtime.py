@@ -314,3 +314,36 @@ def test_latencies_alternate_and_keep_to_the_budget() -> None:
     assert min(both) > 0
     with pytest.raises(InvalidDataError, match="no data for"):
         runtime.latency_ms(session, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "shapes"),
+    [
+        ("g (float[N,4] x) => (float[N,4] y) { y = Relu(x) }", [(2, 4), (3, 4)]),
+        ("g (float[1,4] x) => (float[1,4] y) { y = Relu(x) }", [(1, 4)]),
+        (
+            'g (float[N,L] x) => (float[N,M] y) { y = Pad<mode="reflect">(x, p) }',
+            [(2, 64), (3, 64)],
+        ),
+    ],
+    ids=["two-batch-sizes", "one-size", "needs-a-longer-signal"],
+)
+def test_working_feeds_run(text: str, shapes: list[tuple[int, ...]]) -> None:
+    proto = model(text, p=np.array([0, 40, 0, 40]))
+    assert [feeds["x"].shape for feeds in runtime.working_feeds(proto)] == shapes
+
+
+def test_working_feeds_of_a_recurrent_state() -> None:
+    proto = model(
+        "g (float[N,4] x, float[1,?,4] h) => (float[2,N,4] y)"
+        "{ u = Reshape(x, s)  y = Concat<axis=0>(u, h) }",
+        s=np.array([1, -1, 4]),
+    )
+    first = runtime.working_feeds(proto)[0]
+    assert (first["x"].shape, first["h"].shape) == ((2, 4), (1, 2, 4))
+
+
+def test_a_model_that_runs_on_no_input() -> None:
+    proto = model("g (float[N,4] x) => (float[N,3] y) { y = Reshape(x, s) }", s=np.array([7, 3]))
+    with pytest.raises(InvalidDataError, match="does not run on random inputs"):
+        runtime.working_feeds(proto)

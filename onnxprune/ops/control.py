@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from onnxprune.coupling import Interpreter
+from onnxprune.fixed import is_proven
 from onnxprune.graph import Body, Node
 from onnxprune.labels import Block, Labels, Layout
 from onnxprune.ops.registry import rule
@@ -19,17 +20,35 @@ Axes = Mapping[int, Labels]
 @rule("If")
 def branches(node: Node, c: Interpreter) -> None:
     """cond -> the outputs of one of two bodies, which so must agree"""
+    taken = _taken(node, c)
+    if taken is not None:
+        c.taken[node.index] = taken
+        _walk(node, c, taken)
+        for index, name in enumerate(taken.outputs):
+            c.set_layout(node, c.layouts.get(name, ()), index)
+        return
     for body in node.bodies:
         _walk(node, c, body)
     for index, name in enumerate(node.outputs):
         first, second = (_leaving(node, c, body.outputs[index]) for body in node.bodies)
         ranks = {len(c.shapes.dims(body.outputs[index]) or ()) for body in node.bodies}
+        if len(ranks) > 1:
+            for axes in (first, second):
+                _freeze(node, c, axes, f"the branches of {node.title} differ in rank")
+            continue
         for axis in sorted(first.keys() | second.keys()):
             c.tie(node, first.get(axis), second.get(axis))
-        if len(ranks) > 1 or not name:
-            _freeze(node, c, first, f"the branches of {node.title} differ in rank")
-        else:
+        if name:
             c.set_layout(node, _layout(first), index)
+
+
+def _taken(node: Node, c: Interpreter) -> Body | None:
+    """The branch that always runs: shapes that do not depend on the input decide."""
+    value = c.shapes.value(node.inputs[0])
+    if value is None or not is_proven(c.graph, c.shapes, node.inputs[0]):
+        return None
+    which = "then_branch" if value.item() else "else_branch"
+    return next(body for body in node.bodies if body.attribute == which)
 
 
 @rule("Loop")

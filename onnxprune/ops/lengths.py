@@ -33,7 +33,7 @@ _KEEP = frozenset(("Unsqueeze", "Squeeze", "Identity", "Cast", "Reshape", "Flatt
 
 def follow(state: Interpreter, node: Node) -> bool:
     """Pass on lengths through integer arithmetic; True where the node needs no other rule."""
-    if node.op_type == "Shape" and node.domain == "":
+    if node.op_type in ("Shape", "Size") and node.domain == "":
         _shape(state, node)
         return True
     tainted = [s for s, name in enumerate(node.inputs) if name in state.lengths]
@@ -66,6 +66,8 @@ def _shape(state: Interpreter, node: Node) -> None:
     if found:
         whole = tuple(found.get(axis, ()) for axis in range(rank))
         part = whole[node.attr("start", 0) : node.attr("end", None)]
+        if node.op_type == "Size":
+            part = (tuple(labels for axis in whole for labels in axis),)
         if any(part):
             state.lengths[node.outputs[0]] = part
 
