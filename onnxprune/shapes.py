@@ -17,6 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+import onnxprune.vendor_fused  # noqa: F401  registers its shape rules
 from onnxprune.graph import Constant, Graph, Node
 from onnxprune.protos import bodies
 from onnxprune.vendor import SHAPE_RULES, output_shapes

@@ -5,9 +5,12 @@ from __future__ import annotations
 from onnxprune.coupling import Interpreter
 from onnxprune.graph import Node, captured_by
 from onnxprune.ops import (
+    attention,
+    attention_microsoft,
     contraction,
     control,
     elementwise,
+    fused,
     indexing,
     lengths,
     normalization,
@@ -21,9 +24,12 @@ from onnxprune.ops.registry import REWRITES, find
 __all__ = ["REWRITES", "interpret_node"]
 
 _FAMILIES = (
+    attention,
+    attention_microsoft,
     contraction,
     control,
     elementwise,
+    fused,
     indexing,
     normalization,
     recurrent,

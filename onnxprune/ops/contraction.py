@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -144,33 +145,44 @@ def gemm(node: Node, c: Interpreter) -> None:
 @rule("MatMul")
 def matmul(node: Node, c: Interpreter) -> None:
     """A[*B, M, K], B[*B, K, N] -> y[*B, M, N]"""
-    a, b = c.dims(node, 0), c.dims(node, 1)
-    inner = c.contract(node, 0, len(a) - 1)
-    c.tie(node, inner, c.axis(node, 1, max(len(b) - 2, 0)))
+    product(node, c, range(len(c.dims(node, 0))), range(len(c.dims(node, 1))))
+
+
+def product(node: Node, c: Interpreter, left: Sequence[int], right: Sequence[int]) -> None:
+    """A matrix product of inputs 0 and 1.
+
+    `left` and `right` name their axes in the order in which the product takes them: batch axes,
+    rows, columns.
+    """
+    inner = c.contract(node, 0, left[-1])
+    c.tie(node, inner, c.axis(node, 1, right[max(len(right) - 2, 0)]))
     out = c.out_dims(node)
     found: dict[int, Labels | None] = {}
-    batch = max(len(a), len(b)) - 2
+    batch = max(len(left), len(right)) - 2
     for i in range(1, batch + 1):
-        found[batch - i] = _batch(node, c, len(a) - 2 - i, len(b) - 2 - i)
-    rows = c.axis(node, 0, len(a) - 2) if len(a) > 1 else None
-    columns = c.axis(node, 1, len(b) - 1) if len(b) > 1 else None
-    if len(a) > 1:
-        found[len(out) - (2 if len(b) > 1 else 1)] = rows
-    if len(b) > 1:
+        a, b = (axes[-2 - i] if len(axes) >= 2 + i else None for axes in (left, right))
+        found[batch - i] = _batch(node, c, a, b)
+    rows = c.axis(node, 0, left[-2]) if len(left) > 1 else None
+    columns = c.axis(node, 1, right[-1]) if len(right) > 1 else None
+    if len(left) > 1:
+        found[len(out) - (2 if len(right) > 1 else 1)] = rows
+    if len(right) > 1:
         found[len(out) - 1] = columns
     c.set(node, found)
     weight = 1 if c.is_static(node, 1) else 0 if c.is_static(node, 0) else -1
     if weight >= 0:
         c.produce(node, columns if weight == 1 else rows)
     heads = tuple(v for i, v in found.items() if i < batch)
-    c.layer(node, weight, math.prod(out) * a[-1], inner, rows, columns, *heads)
+    macs = math.prod(out) * c.dims(node, 0)[left[-1]]
+    c.layer(node, weight, macs, inner, rows, columns, *heads)
 
 
-def _batch(node: Node, c: Interpreter, a: int, b: int) -> Labels | None:
-    left = c.axis(node, 0, a) if a >= 0 and c.dims(node, 0)[a] > 1 else None
-    right = c.axis(node, 1, b) if b >= 0 and c.dims(node, 1)[b] > 1 else None
-    wide_a = a >= 0 and c.dims(node, 0)[a] > 1
-    wide_b = b >= 0 and c.dims(node, 1)[b] > 1
+def _batch(node: Node, c: Interpreter, a: int | None, b: int | None) -> Labels | None:
+    """Tie batch axis `a` of input 0 with `b` of input 1; None where one has no such axis."""
+    wide_a = a is not None and c.dims(node, 0)[a] > 1
+    wide_b = b is not None and c.dims(node, 1)[b] > 1
+    left = c.axis(node, 0, a) if a is not None and wide_a else None
+    right = c.axis(node, 1, b) if b is not None and wide_b else None
     if wide_a and wide_b:
         c.tie(node, left, right)
     labels = left if left is not None else right
