@@ -33,6 +33,7 @@ def _dims(inputs: Inputs, slot: int) -> Dims:
     "RotaryEmbedding",
     "ScaledSiLU",
     "SkipGroupNorm",
+    "Trilu",
 )
 def same(node: Node, inputs: Inputs) -> Outputs:
     """x[*D], ... -> y[*D], where there is a second output that one too"""

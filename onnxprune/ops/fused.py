@@ -195,6 +195,7 @@ def mixture(node: Node, c: Interpreter) -> None:
     -> y[*B, D]; f is 2 where w1 makes gate and value, in turns or one after the other"""
     own = len(c.dims(node, 0)) - 1
     x = c.contract(node, 0, own)
+    c.freeze(node, c.axis(node, 1, 1), f"{node.title} chooses among the experts by number")
     c.tie(node, x, c.axis(node, 2, 2))
     inner, out = c.contract(node, 4, 2), c.axis(node, 4, 1)
     parts = [(2, 1), (3, 1)]
