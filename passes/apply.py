@@ -279,6 +279,11 @@ def _write_values(state: _State, values: Iterable[onnx.ValueInfoProto]) -> None:
     """Recorded shapes keep what they said, except where pruning changed it."""
     rewriter, shapes = state.rewriter, state.coupling.shapes
     for value in values:
+        changed = state.tensors.get(value.name)
+        if changed is not None:
+            for dim, size in zip(value.type.tensor_type.shape.dim, changed.dims, strict=False):
+                dim.dim_value = size
+            continue
         before = shapes.dims(value.name)
         if before is None or not value.type.tensor_type.HasField("shape"):
             continue

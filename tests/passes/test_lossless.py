@@ -1,0 +1,269 @@
+"""What does not matter goes, and the model answers as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from onnxprune import io, runtime, verify
+from onnxprune.errors import VerificationError
+from onnxprune.passes import lossless
+from onnxprune.passes.apply import apply_keep
+from onnxprune.passes.lossless import Lossless, LosslessResult
+from tests.graphs import build, outputs, shapes, weight
+from tests.masks import chosen, mask_producers, mask_readers
+
+IMAGE = "(float[N,3,8,8] x) => (float[N,4,?,?] y)"
+FLAT = "(float[N,6] x) => (float[N,4] y)"
+SEQUENCE = "(float[S,N,6] x) => (float[S,N,4] y)"
+
+
+@dataclass(frozen=True)
+class Row:
+    """`zero`: "weight[index along the first axis]=value" edits; `small`: shapes that result."""
+
+    name: str
+    signature: str
+    body: str
+    weights: str
+    edits: str
+    small: str
+    nodes: int | None = None
+
+
+ROWS = [
+    Row(
+        "zero filters",
+        IMAGE,
+        "a = Conv(x, w1, b1) h = Relu(a) y = Conv<pads=[1,1,1,1]>(h, w2)",
+        "w1:8,3,3,3 b1:8 w2:4,8,3,3",
+        "w1[:3]=0 b1[:3]=0",
+        "w1:5,3,3,3 w2:4,5,3,3",
+    ),
+    Row(
+        "unread channels",
+        IMAGE,
+        "a = Conv(x, w1, b1) h = Relu(a) y = Conv<pads=[1,1,1,1]>(h, w2)",
+        "w1:8,3,3,3 b1:8 w2:4,8,3,3",
+        "w2[:,:3]=0",
+        "w1:5,3,3,3 w2:4,5,3,3",
+    ),
+    Row(
+        "dead after relu by the sign of the bias",
+        IMAGE,
+        "a = Conv(x, w1, b1) h = Relu(a) y = Conv<pads=[1,1,1,1]>(h, w2)",
+        "w1:8,3,3,3 b1:8 w2:4,8,3,3",
+        "w1[2:5]=0 b1[2:5]=-0.5",
+        "w1:5,3,3,3 w2:4,5,3,3",
+    ),
+    Row(
+        "dead after relu by bounds through two layers",
+        FLAT,
+        "a = MatMul(x, w1) s = Sigmoid(a) c = Gemm(s, w2, b2) r = Relu(c) y = MatMul(r, w3)",
+        "w1:6,8 w2:8,8 b2:8 w3:8,4",
+        "b2[:4]=-100",
+        "w1:6,8 w2:8,4 w3:4,4",
+    ),
+    Row(
+        "dead through batch normalization",
+        IMAGE,
+        "a = Conv(x, w1) n = BatchNormalization(a, s, t, mean, var) h = Relu(n) y = Conv(h, w2)",
+        "w1:8,3,3,3 s:8 t:8 mean:8 var:8 w2:4,8,1,1",
+        "s[:4]=0 t[:4]=-1",
+        "w1:4,3,3,3 s:4 w2:4,4,1,1",
+    ),
+    Row(
+        "constant channels go into the bias",
+        IMAGE,
+        "a = Conv(x, w1, b1) h = Sigmoid(a) y = Conv(h, w2)",
+        "w1:8,3,3,3 b1:8 w2:4,8,1,1",
+        "w1[:4]=0",
+        "w1:4,3,3,3 w2:4,4,1,1 y_bias:4",
+    ),
+    Row(
+        "constant channels stay in front of padding",
+        IMAGE,
+        "a = Conv(x, w1, b1) h = Sigmoid(a) y = Conv<pads=[1,1,1,1]>(h, w2)",
+        "w1:8,3,3,3 b1:8 w2:4,8,3,3",
+        "w1[:1]=0",
+        "w1:8,3,3,3 w2:4,8,3,3",
+    ),
+    Row(
+        "constants of a matrix product go into the add behind it",
+        FLAT,
+        "a = Gemm(x, w1, b1) h = Tanh(a) m = MatMul(h, w2) y = Add(m, b2)",
+        "w1:6,8 b1:8 w2:8,4 b2:4",
+        "w1[:,:3]=0",
+        "w1:6,5 b1:5 w2:5,4",
+    ),
+    Row(
+        "constants of a matrix product get an add",
+        FLAT,
+        "a = Gemm(x, w1, b1) h = Tanh(a) y = MatMul(h, w2)",
+        "w1:6,8 b1:8 w2:8,4",
+        "w1[:,:3]=0",
+        "w1:6,5 b1:5 w2:5,4",
+        nodes=4,
+    ),
+    Row(
+        "gemm with factors",
+        FLAT,
+        "a = Gemm(x, w1, b1) h = Tanh(a) y = Gemm<alpha=0.5,beta=2.0,transB=1>(h, w2, b2)",
+        "w1:6,8 b1:8 w2:4,8 b2:4",
+        "w1[:,:3]=0",
+        "w1:6,5 b1:5 w2:4,5",
+    ),
+    Row(
+        "grouped convolution",
+        IMAGE,
+        "a = Conv(x, w1, b1) h = Tanh(a) g = Conv<group=8>(h, wg, bg) r = Relu(g) y = Conv(r, w2)",
+        "w1:8,3,3,3 b1:8 wg:8,1,3,3 bg:8 w2:4,8,1,1",
+        "wg[:3]=0 bg[:3]=-1 bg[3:]=1",
+        "w1:5,3,3,3 wg:5,1,3,3 w2:4,5,1,1",
+    ),
+    Row(
+        "a residual stream needs all that writes to it",
+        IMAGE,
+        "a = Conv(x, w1) b = Conv(a, wb) s = Add(a, b) h = Relu(s) y = Conv(h, w2)",
+        "w1:8,3,3,3 wb:8,8,1,1 w2:4,8,1,1",
+        "w1[:3]=0 wb[:2]=0",
+        "w1:6,3,3,3 wb:6,6,1,1 w2:4,6,1,1",
+    ),
+    Row(
+        "a branch that adds nothing",
+        IMAGE,
+        "a = Conv(x, w1) b = Conv(a, wb) r = Relu(b) s = Add(a, r) y = Conv(s, w2)",
+        "w1:8,3,3,3 wb:8,8,1,1 w2:4,8,1,1",
+        "wb[:]=0",
+        "w1:8,3,3,3 w2:4,8,1,1",
+        nodes=2,
+    ),
+    Row(
+        "a chain that leads nowhere",
+        FLAT,
+        "a = MatMul(x, w1) r = Relu(a) b = MatMul(r, w2) t = Relu(b) y = MatMul(t, w3)",
+        "w1:6,8 w2:8,8 w3:8,4",
+        "w3[:4]=0 w2[:3,4:]=0",
+        "w1:6,5 w2:5,4 w3:4,4",
+    ),
+    Row(
+        "hidden units of a cell that never start",
+        SEQUENCE,
+        "h, e, f = LSTM<hidden_size=8>(x, w, r) q = Squeeze(h, one) y = MatMul(q, w2)",
+        "w:1,32,6 r:1,32,8 one=1 w2:8,4",
+        "w[:,24:27]=0 r[:,24:27]=0",
+        "w:1,20,6 r:1,20,5 w2:5,4",
+    ),
+    Row(
+        "layers that do nothing",
+        FLAT,
+        "i = Identity(x) d = Dropout(i) t = Transpose<perm=[0,1]>(d) f = Flatten(t) "
+        "o = Mul(f, one1) s = Slice(o, st, en) z = Add(s, z0) c = Cast<to=1>(z) "
+        "m = MatMul(c, w1) y = Identity(m)",
+        "w1:6,4 one1: z0:6 st=0,0 en=9223372036854775807,6",
+        "z0[:]=0 one1=1",
+        "w1:6,4",
+        nodes=1,
+    ),
+    Row(
+        "what reaches no output",
+        FLAT,
+        "y = MatMul(x, w1) u = MatMul(x, w2) v = Relu(u)",
+        "w1:6,4 w2:6,9",
+        "",
+        "w1:6,4",
+        nodes=1,
+    ),
+]
+
+
+def edited(row: Row) -> onnx.ModelProto:
+    model = build(row.signature, row.body, row.weights)
+    for edit in row.edits.split():
+        place, _, value = edit.partition("=")
+        name, _, index = place.partition("[")
+        tensor = next(t for t in model.graph.initializer if t.name == name)
+        array = np.array(numpy_helper.to_array(tensor))
+        scope = {"array": array}
+        exec(f"array[{index or '...]'}= {value}", scope)
+        tensor.CopyFrom(numpy_helper.from_array(array, name))
+    return model
+
+
+def agree(model: onnx.ModelProto, result: LosslessResult) -> None:
+    feeds = runtime.random_feeds(model, seed=7)
+    error = verify.difference(outputs(result.model, feeds), outputs(model, feeds))
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda r: r.name)
+def test_what_goes(row: Row) -> None:
+    model = edited(row)
+    result = Lossless(threads=1)(model)
+    expected = {
+        w.partition(":")[0]: tuple(int(n) for n in w.partition(":")[2].split(","))
+        for w in row.small.split()
+    }
+    found = shapes(result.model)
+    assert {name: found.get(name, found.get(f"{name}_1")) for name in expected} == expected
+    if row.nodes is not None:
+        assert len(result.model.graph.node) == row.nodes
+    agree(model, result)
+
+
+@pytest.mark.parametrize(
+    "row", [r for r in ROWS[:-2] if "group" not in r.body], ids=lambda r: r.name
+)
+def test_a_dense_model_stays_the_same_object(row: Row) -> None:
+    model = build(row.signature, row.body, row.weights)
+    result = Lossless(threads=1)(model)
+    assert result.model is model
+    assert not result.modified
+
+
+@pytest.mark.parametrize("mask", [mask_producers, mask_readers])
+@pytest.mark.parametrize("name", ["digits_cnn", "digits_cnn_folded", "digits_mlp"])
+def test_masked_channels_all_go(
+    root: Path, name: str, mask: Callable[..., tuple[onnx.ModelProto, int]]
+) -> None:
+    from onnxprune.analysis import analyse
+
+    model = io.load(root / "models" / f"{name}.onnx")
+    masked, count = mask(model, 0.3, seed=1)
+    assert count > 50
+    result = Lossless(threads=1)(masked)
+    analysis = analyse(model)
+    assert shapes(result.model) == shapes(
+        apply_keep(analysis.coupling, chosen(analysis, 0.3, 1)).model
+    )
+    assert result.max_error < 1e-5
+
+
+def test_a_wrong_step_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = edited(ROWS[0])
+
+    def wrong(coupling: object, reads: object) -> object:
+        keep = real(coupling, reads)  # type: ignore[arg-type]
+        keep[-1] = keep.all()
+        return keep
+
+    real = lossless.living
+    monkeypatch.setattr(lossless, "living", wrong)
+    with pytest.raises(VerificationError, match=r"outputs differ by .*; please report this model"):
+        Lossless(threads=1)(model)
+
+
+def test_zero_weights_stay_where_a_mean_over_channels_counts_them() -> None:
+    body = "a = Conv(x, w1) m = ReduceMean<keepdims=1>(a, one) s = Mul(a, m) y = Conv(s, w2)"
+    model = build(IMAGE, body, "w1:8,3,3,3 w2:4,8,1,1 one=1")
+    array = weight(model, "w1").copy()
+    array[:3] = 0
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(array, "w1"))
+    result = Lossless(threads=1)(model)
+    assert shapes(result.model)["w1"] == (8, 3, 3, 3)
