@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.graph import Body, Constant, Graph, Node
@@ -128,6 +130,7 @@ class Interpreter:
     static: set[str] = field(default_factory=set)
     touched: set[tuple[int, int]] = field(default_factory=set)
     repeats: float = 1.0
+    _factors: dict[tuple[int, int], list[Factor]] = field(default_factory=dict)
 
     # -- around a rule -----------------------------------------------------------------------------
 
@@ -299,17 +302,33 @@ class Interpreter:
 
     def factor(self, node: Node, labels: Labels, factors: Sequence[Labels]) -> None:
         """labels[i, j] is removed exactly where factors[0][i] or factors[1][j] is."""
-        self.system.factors.append(Factor(labels, tuple(factors), node.index))
+        factor = Factor(labels, tuple(factors), node.index)
+        self.system.factors.append(factor)
+        self._factors.setdefault((int(labels.max()), labels.size), []).append(factor)
 
     def settle(self, block: Block, node: Node) -> dict[int, Labels]:
         """Separate labels for each axis of a jointly labelled block, related to it by a factor."""
         known = self.settled.get(id(block))
         if known is None:
-            factors = [self.system.fresh(n) for n in block.labels.shape]
-            self.factor(node, block.labels, factors)
+            factors = self._factors_of(block.labels)
+            if factors is None:
+                factors = [self.system.fresh(n) for n in block.labels.shape]
+                self.factor(node, block.labels, factors)
             known = (block, dict(zip(block.axes, factors, strict=True)))
             self.settled[id(block)] = known
         return known[1]
+
+    def _factors_of(self, labels: Labels) -> list[Labels] | None:
+        """The factors of these labels where another tensor, maybe transposed, has them already."""
+        key = (int(labels.max()), labels.size)
+        for other in self._factors.get(key, ()):
+            if other.labels.ndim != labels.ndim:
+                continue
+            for order in permutations(range(labels.ndim)):
+                same = np.transpose(other.labels, order)
+                if same.shape == labels.shape and np.array_equal(same, labels):
+                    return [other.factors[axis] for axis in order]
+        return None
 
     def settle_all(self, layout: Layout, node: Node) -> Layout:
         """The layout with every joint block settled."""

@@ -234,6 +234,7 @@ class Walk:
             return
         if any(name and name not in self.dims for name in node.outputs):
             self._infer(node)
+            self._from_operands(node)
             source, out = node.input(0), node.outputs[0]
             if node.op_type in SAME_SHAPE and out not in self.dims and source in self.dims:
                 self.dims[out] = self.dims[source]
@@ -283,6 +284,23 @@ class Walk:
             v is None or theirs.get(n) is v for v, n in zip(inputs, node.inputs, strict=True)
         )
         return theirs.get(node.outputs[0]) if same else None
+
+    def _from_operands(self, node: Node) -> None:
+        """Shapes that follow from an operand's value where onnx's inference does not look at it."""
+        source, out = self.dims.get(node.input(0)), node.outputs[0]
+        if node.domain or source is None or out in self.dims:
+            return
+        if node.op_type == "Compress" and node.attr("axis") is not None:
+            condition = self.value(node.input(1))
+            if condition is not None:
+                axis = node.attr("axis") % len(source)
+                self.dims[out] = (*source[:axis], int(condition.sum()), *source[axis + 1 :])
+        elif node.op_type == "MaxUnpool" and node.input(2):
+            shape = self.value(node.input(2))
+            if shape is not None:
+                self.dims[out] = tuple(int(n) for n in shape)
+        if out in self.dims:
+            self.types[out] = self.types.get(node.input(0), onnx.TensorProto.FLOAT)
 
     def _infer(self, node: Node) -> None:
         if (node.domain, node.op_type) in SHAPE_RULES:

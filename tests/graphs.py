@@ -25,9 +25,9 @@ NOBODY = np.zeros(0, np.int32)
 
 
 def tensors(spec: str, seed: int = 0) -> list[onnx.TensorProto]:
-    """Initializers from "w:8,3 b:8 shape=0,-1": random floats by shape, int64 values after `=`.
+    """Initializers from "w:8,3 b:8 shape=0,-1 mask?1,0": random floats by shape, int64 after `=`.
 
-    Names that start with "var" are positive.
+    `?` gives booleans. Names that start with "var" are positive.
     """
     rng = np.random.default_rng(seed)
     found = []
@@ -35,11 +35,14 @@ def tensors(spec: str, seed: int = 0) -> list[onnx.TensorProto]:
         if "=" in word:
             name, values = word.split("=")
             array = np.array([int(v) for v in values.split(",")], np.int64)
+        elif "?" in word:
+            name, values = word.split("?")
+            array = np.array([v == "1" for v in values.split(",")])
         else:
             name, _, dims = word.partition(":")
             shape = [int(n) for n in dims.split(",") if n]
             array = rng.normal(0, 0.5, shape).astype(np.float32)
-            array = np.abs(array) + np.float32(0.5) if name.startswith("var") else array
+            array = np.asarray(np.abs(array) + np.float32(0.5)) if name.startswith("var") else array
         found.append(numpy_helper.from_array(array, name))
     return found
 

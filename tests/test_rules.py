@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import onnx
 import pytest
 from onnx import helper, numpy_helper
@@ -11,52 +9,7 @@ from onnx import helper, numpy_helper
 from onnxprune import verify
 from onnxprune.pipeline import inspect
 from tests.graphs import TOLERANCE, build, prune_half, shapes, weight
-
-
-@dataclass(frozen=True)
-class Row:
-    """`shrinks`: the weights that get smaller under scope "all"; `exact`: those under "exact"."""
-
-    name: str
-    signature: str
-    body: str
-    weights: str
-    shrinks: str
-    exact: str | None = None
-    opset: int = 18
-    bug: str = ""
-
-
-IMAGE = "(float[N,3,8,8] x) => (float[N,4,?,?] y)"
-FLAT = "(float[N,6] x) => (float[N,4] y)"
-SEQUENCE = "(float[N,S,8] x) => (float[N,S,8] y)"
-CONVS = "w1:8,3,3,3 b1:8 w2:4,8,1,1"
-DENSE = "w1:6,8 w2:8,4"
-
-
-def image(
-    name: str, middle: str, weights: str = "", *, shrinks: str = "w1 b1 w2", **more: object
-) -> Row:
-    """Conv to 8 channels `a`, `middle` from a to h, Conv to y."""
-    body = f"a = Conv(x, w1, b1)\n{middle}\ny = Conv(h, w2)"
-    spec = f"w1:8,3,3,3 b1:8 {weights}"
-    spec += "" if "w2:" in weights else " w2:4,8,1,1"
-    return Row(name, IMAGE, body, spec, shrinks, **more)  # type: ignore[arg-type]
-
-
-def flat(
-    name: str, middle: str, weights: str = "", *, shrinks: str = "w1 w2", **more: object
-) -> Row:
-    """MatMul to 8 channels `a`, `middle` from a to h, MatMul to y."""
-    spec = f"w1:6,8 {weights}" + ("" if "w2:" in weights else " w2:8,4")
-    return Row(name, FLAT, f"a = MatMul(x, w1)\n{middle}\ny = MatMul(h, w2)", spec, shrinks, **more)
-    # type: ignore[arg-type]
-
-
-def sequence(name: str, body: str, weights: str, shrinks: str, **more: object) -> Row:
-    """x[N, S, 8] to y[N, S, 8]."""
-    return Row(name, SEQUENCE, body, weights, shrinks, **more)  # type: ignore[arg-type]
-
+from tests.rows import CONVS, DENSE, FLAT, Row, case, check_row, flat, image, sequence
 
 CONTRACTIONS = [
     Row(
@@ -226,7 +179,7 @@ NORMALIZATIONS = [
     flat("softmax", "h = Softmax(a)", exact=""),
     flat("log-softmax-old", "h = LogSoftmax<axis=1>(a)", exact="", opset=11),
     image("softmax-over-space", "h = Softmax<axis=3>(a)"),
-    image("lrn-freezes", "h = LRN<size=3>(a)", shrinks=""),
+    image("lrn", "h = LRN<size=3>(a)", exact=""),
 ]
 
 ELEMENTWISE = [
@@ -292,7 +245,13 @@ SPATIAL = [
     image("depth-to-space", "h = DepthToSpace<blocksize=2>(a)", "w2:4,2,1,1"),
     image("depth-to-space-crd", 'h = DepthToSpace<blocksize=2, mode="CRD">(a)', "w2:4,2,1,1"),
     image("space-to-depth", "h = SpaceToDepth<blocksize=2>(a)", "w2:4,32,1,1"),
-    image("grid-sample", "h = GridSample(a, grid)", "grid:2,5,5,2"),
+    Row(
+        "grid-sample",
+        "(float[N,3,8,8] x, float[N,5,5,2] grid) => (float[N,4,5,5] y)",
+        "a = Conv(x, w1, b1)  h = GridSample(a, grid)  y = Conv(h, w2)",
+        CONVS,
+        "w1 b1 w2",
+    ),
 ]
 
 REDUCTIONS = [
@@ -308,7 +267,7 @@ REDUCTIONS = [
     image("l2-over-channels", "m = ReduceL2(a, axes)  h = Div(a, m)", "axes=-3"),
     image("mean-old-attribute", "m = ReduceMean<axes=[2,3]>(a)  h = Mul(a, m)", opset=13),
     flat("arg-max-freezes", "i = ArgMax<axis=1>(a)  f = Cast<to=1>(i)  h = Mul(a, f)", shrinks=""),
-    flat("cumsum-freezes", "h = CumSum(a, one)", "one=1", shrinks=""),
+    flat("cumsum", "h = CumSum(a, one)", "one=1"),
     flat("top-k-freezes", "h, i = TopK(a, k)", "k=8", shrinks=""),
 ]
 
@@ -613,44 +572,9 @@ ROWS = [
 ]
 
 
-def _case(row: Row) -> object:
-    marks = [pytest.mark.xfail(strict=True, reason=row.bug)] if row.bug else []
-    return pytest.param(row, id=row.name, marks=marks)
-
-
-@pytest.mark.parametrize("row", [_case(row) for row in ROWS])
+@pytest.mark.parametrize("row", [case(row) for row in ROWS])
 def test_half_of_every_group_equals_the_twin(row: Row) -> None:
-    model = build(
-        row.signature, row.body, row.weights, opset=row.opset, ir=10 if row.opset > 20 else 8
-    )
-    onnx.checker.check_model(model, full_check=True)
-    for scope in ("all", "exact"):
-        wanted = set((row.shrinks if scope == "all" or row.exact is None else row.exact).split())
-        pruned = prune_half(model, scope)
-        assert verify.structure_problems(pruned.model, model) == []
-        assert pruned.error <= TOLERANCE
-        shrunk = {
-            name
-            for name, dims in shapes(model).items()
-            if 0 < _size(pruned.model, name) < _product(dims)
-        }
-        integers = {
-            t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT64
-        }
-        assert shrunk - integers == wanted
-        assert (pruned.effect > 1e-3) == bool(wanted)
-
-
-def _product(dims: tuple[int, ...]) -> int:
-    size = 1
-    for n in dims:
-        size *= n
-    return size
-
-
-def _size(model: onnx.ModelProto, name: str) -> int:
-    dims = shapes(model).get(name)
-    return 0 if dims is None else _product(dims)
+    check_row(row)
 
 
 def test_a_bias_shared_through_identity_is_sliced_once_for_each_use() -> None:

@@ -13,10 +13,12 @@ from onnxprune.ops import (
     fused,
     indexing,
     lengths,
+    lookup,
     normalization,
     recurrent,
     reduction,
     shaping,
+    signal,
     spatial,
 )
 from onnxprune.ops.registry import REWRITES, find
@@ -31,10 +33,12 @@ _FAMILIES = (
     elementwise,
     fused,
     indexing,
+    lookup,
     normalization,
     recurrent,
     reduction,
     shaping,
+    signal,
     spatial,
 )
 

@@ -46,6 +46,29 @@ def conv_transpose(node: Node, c: Interpreter) -> None:
     _finish(node, c, own, macs, (rows, out))
 
 
+@rule("DeformConv")
+def deform_conv(node: Node, c: Interpreter) -> None:
+    """x[N, C, H, W], W[M, C/g, kh, kw], offset[N, o*2*kh*kw, H', W'], b[M], mask -> y[N, M, H', W']
+
+    The channels of x share their offsets within o equal parts: all parts stay, equally long.
+    """
+    groups, parts = node.attr("group", 1), node.attr("offset_group", 1)
+    out, inner = c.axis(node, 1, 0), c.axis(node, 1, 1)
+    x = c.contract(node, 0, 1)
+    if groups == 1:
+        c.tie(node, x, inner)
+    else:
+        _grouped(node, c, x, out, inner, groups)
+    if parts > 1 and x is not None:
+        part = c.system.fresh(parts)
+        c.freeze(node, part, f"offsets of {node.title} belong to it")
+        _split(node, c, x, part, None)
+    c.tie(node, out, c.axis(node, 3, 0)) if node.input(3) else None
+    c.set(node, {1: out})
+    c.produce(node, out)
+    c.layer(node, 1, math.prod(c.out_dims(node)) * math.prod(c.dims(node, 1)[1:]), out, inner)
+
+
 def _finish(
     node: Node, c: Interpreter, out: Labels | None, macs: float, axes: tuple[Labels | None, ...]
 ) -> None:
@@ -104,7 +127,7 @@ def _split(
     c.prefer(within)
 
 
-@rewrite("Conv")
+@rewrite("Conv", "DeformConv")
 def rewrite_conv(node: Node, r: Rewriter) -> None:
     """The number of groups follows from what is left of C and C/g."""
     groups = node.attr("group", 1)
@@ -137,9 +160,10 @@ def gemm(node: Node, c: Interpreter) -> None:
     if len(bias) == 2 and bias[0] == m > 1:
         c.tie(node, rows, c.axis(node, 2, 0))
     c.set(node, {0: rows, 1: out})
-    c.produce(node, out)
+    left = c.is_static(node, 0) and not c.is_static(node, 1)
+    c.produce(node, rows if left else out)
     k = c.dims(node, 0)[a_inner]
-    c.layer(node, 1, m * n * k, c.axis(node, 1, b_inner), out)
+    c.layer(node, 0 if left else 1, m * n * k, c.axis(node, 1, b_inner), rows if left else out)
 
 
 @rule("MatMul")
@@ -225,7 +249,8 @@ def einsum(node: Node, c: Interpreter) -> None:
         own = [
             i
             for i, letter in enumerate(result)
-            if letter in terms[weight] and len(places.get(letter, ())) == 1
+            if letter in terms[weight]
+            and all(c.is_static(node, slot) for slot, _ in places.get(letter, ()))
         ]
         for i in own:
             c.produce(node, found.get(i))
@@ -248,7 +273,7 @@ def _equation(node: Node, c: Interpreter) -> tuple[list[str] | None, str]:
         if "..." in term:
             count = len(c.dims(node, slot)) - len(term) + 3
             terms[slot] = term.replace("...", spare[most - count : most])
-        if len(terms[slot]) != len(c.dims(node, slot)) or len(set(terms[slot])) < len(terms[slot]):
+        if len(terms[slot]) != len(c.dims(node, slot)):
             return None, ""
     if "->" not in equation:
         joined = "".join(terms)

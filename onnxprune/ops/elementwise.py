@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnxprune.coupling import Interpreter
 from onnxprune.graph import Node
-from onnxprune.labels import Labels
+from onnxprune.labels import Block, Labels
 from onnxprune.ops.registry import rule
 
 UNARY = [
@@ -75,23 +75,36 @@ VARIADIC = [
     "Pow",
     "Sub",
     "Sum",
+    "SwiGLU",
     "Where",
     "Xor",
 ]
 
 
-@rule("Identity", "Cast", "Dropout", joint=True)
+@rule("Identity", "Cast", "CastLike", "BitCast", "Dropout", joint=True)
 def carry(node: Node, c: Interpreter) -> None:
     """x[*D] -> y[*D], jointly labelled axes included"""
-    layout = c.layout(node, 0)
+    if node.op_type == "Dropout" and _drops(node, c):
+        c.freeze_input(node, 0, f"{node.title} draws as many numbers as it has elements")
+        return
+    if node.op_type == "CastLike":
+        c.layout(node, 1)
+    layout = tuple(Block(b.axes, b.labels) for b in c.layout(node, 0))
     for index in range(len(node.outputs)):
         if c.out_dims(node, index) == c.dims(node, 0):
             c.set_layout(node, layout, index)
 
 
+def _drops(node: Node, c: Interpreter) -> bool:
+    """Whether Dropout is in training mode, or might be."""
+    if not node.input(2):
+        return False
+    training, ratio = c.value(node, 2), c.value(node, 1)
+    none = ratio is not None and not ratio.any()
+    return not none and (training is None or bool(training.any()))
+
+
 @rule(*UNARY)
-@rule("CastLike")
-@rule("Bernoulli")
 def unary(node: Node, c: Interpreter) -> None:
     """x[*D] -> y[*D]"""
     c.set_layout(node, c.settle_all(c.layout(node, 0), node))

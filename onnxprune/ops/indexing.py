@@ -242,7 +242,7 @@ def rewrite_gather(node: Node, r: Rewriter) -> None:
 
 @rule("Tile")
 def tile(node: Node, c: Interpreter) -> None:
-    """x[*D], repeats -> y[*D * repeats]"""
+    """x[*D], repeats -> y[*D * repeats]; an axis made of one value is as long as its users want"""
     found: dict[int, Labels | None] = {}
     for axis, (m, n) in enumerate(zip(c.dims(node, 0), c.out_dims(node), strict=True)):
         labels = c.axis(node, 0, axis)
@@ -250,94 +250,83 @@ def tile(node: Node, c: Interpreter) -> None:
             c.freeze(node, labels, f"the repeats of {node.title} are computed at run time")
         elif labels is not None:
             found[axis] = np.tile(labels, n // m)
+        elif m == 1 < n and c.constant(node, 1) is not None:
+            found[axis] = c.system.fresh(n)
     c.set(node, found)
+
+
+@rewrite("Tile")
+def rewrite_tile(node: Node, r: Rewriter) -> None:
+    """How often an axis of length 1 is repeated."""
+    repeats = r.value(node, 1)
+    if repeats is None:
+        return
+    after = r.out_dims_after(node)
+    single = [a for a, n in enumerate(r.dims(node, 0)) if n == 1]
+    changed = repeats.copy()
+    changed[single] = [after[a] for a in single]
+    if not np.array_equal(changed, repeats):
+        r.set_operand(node, 1, changed)
 
 
 @rule("Pad")
 def pad(node: Node, c: Interpreter) -> None:
-    """x[*D], pads -> y[*D']; padding along a prunable axis stays"""
+    """x[*D], pads -> y[*D']; padding along a prunable axis stays, negative padding cuts it"""
     rank = len(c.dims(node, 0))
     found: dict[int, Labels | None] = {}
-    pads = node.attr("pads") if not node.input(1) else c.value(node, 1)
-    axes = c.value(node, 3)
-    where = list(range(rank)) if axes is None else [int(a) % rank for a in axes]
+    pads = _pads(node, c.value(node, 1), c.value(node, 3), rank)
+    if pads is None or (node.input(3) and c.value(node, 3) is None):
+        pads = dict.fromkeys(range(rank))
     constant = node.attr("mode", b"constant") == b"constant"
     for axis in range(rank):
         labels = c.axis(node, 0, axis)
-        if labels is None or c.dims(node, 0)[axis] == c.out_dims(node)[axis]:
+        sides = pads.get(axis, (0, 0))
+        if labels is None or sides == (0, 0):
             found[axis] = labels
-        elif pads is None or not constant or axis not in where:
+        elif sides is None:
+            c.freeze(node, labels, f"the padding of {node.title} is computed at run time")
+        elif not constant:
             c.freeze(node, labels, f"{node.title} pads it from its own values")
         else:
-            i = where.index(axis)
-            before, after = int(pads[i]), int(pads[i + len(where)])
-            if min(before, after) < 0:
-                c.freeze(node, labels, f"{node.title} crops it")
-                continue
             edge = -c.system.reason(node.index, f"padding of {node.title}")
-            sides = [np.full(n, edge, np.int32) for n in (before, after)]
-            found[axis] = np.concatenate([sides[0], labels, sides[1]])
+            inner = labels[max(-sides[0], 0) : labels.size - max(-sides[1], 0)]
+            edges = [np.full(max(n, 0), edge, np.int32) for n in sides]
+            found[axis] = np.concatenate([edges[0], inner, edges[1]])
+            c.must_keep(node, found[axis])
     c.set(node, found)
 
 
-@rule("GatherElements", "ScatterElements", "Scatter", "Compress")
-def elements(node: Node, c: Interpreter) -> None:
-    """x[*D], index[*D'] -> y: positions are data, so every axis that is looked up stays"""
-    for slot in range(len(node.inputs)):
-        c.freeze_input(node, slot, f"{node.title} looks it up with an index computed at run time")
+def _pads(
+    node: Node, value: Array | None, axes: Array | None, rank: int
+) -> dict[int, tuple[int, int] | None] | None:
+    """What is padded before and behind each axis; None where it is computed."""
+    pads = value if node.input(1) else node.attr("pads", node.attr("paddings"))
+    if pads is None:
+        return None
+    where = list(range(rank)) if axes is None else [int(a) % rank for a in axes]
+    ends = (int(v) for v in pads[len(where) :])
+    return {a: (int(n), m) for a, n, m in zip(where, pads, ends, strict=False)}
 
 
-@rule("GatherND")
-def gather_nd(node: Node, c: Interpreter) -> None:
-    """x[*B, *K, *R], index[*B, *I, len(K)] -> y[*B, *I, *R]"""
-    batch = node.attr("batch_dims", 0)
-    index = c.dims(node, 1)
-    first = batch + index[-1]
-    words = f"{node.title} looks it up with an index"
-    for axis in range(first):
-        c.freeze(node, c.axis(node, 0, axis), words)
-    shift = len(index) - 1 - first
-    rank = len(c.dims(node, 0))
-    c.set(node, {axis + shift: c.axis(node, 0, axis) for axis in range(first, rank)})
-
-
-@rule("ScatterND")
-def scatter_nd(node: Node, c: Interpreter) -> None:
-    """x[*K, *R], index[*I, len(K)], updates[*I, *R] -> y[*K, *R]"""
-    first = c.dims(node, 1)[-1]
-    rank = len(c.dims(node, 0))
-    shift = len(c.dims(node, 2)) - rank
-    found: dict[int, Labels | None] = {}
-    for axis in range(rank):
-        labels = c.axis(node, 0, axis)
-        if axis < first:
-            c.freeze(node, labels, f"{node.title} writes to it by number")
+@rewrite("Pad")
+def rewrite_pad(node: Node, r: Rewriter) -> None:
+    """Where channels are cut off, how many of those that are left."""
+    rank = len(r.dims(node, 0))
+    pads = _pads(node, r.value(node, 1), r.value(node, 3), rank)
+    changed = False
+    for axis, sides in (pads or {}).items():
+        labels = r.labels(node, 0, axis)
+        if sides is None or min(sides) >= 0 or labels is None or r.mask(labels).all():
+            continue
+        mask = r.mask(labels)
+        first = sides[0] if sides[0] >= 0 else -int(mask[: -sides[0]].sum())
+        last = sides[1] if sides[1] >= 0 else -int(mask[sides[1] :].sum())
+        assert pads is not None
+        pads[axis] = (first, last)
+        changed = True
+    if changed and pads is not None:
+        values = [side[i] for i in (0, 1) for side in pads.values() if side is not None]
+        if node.input(1):
+            r.set_operand(node, 1, np.array(values, np.int64))
         else:
-            c.tie(node, labels, c.axis(node, 2, axis + shift))
-            found[axis] = labels
-    for axis in range(len(c.dims(node, 2)) - (rank - first)):
-        c.freeze(node, c.axis(node, 2, axis), f"{node.title} writes it by number")
-    c.set(node, found)
-
-
-@rule("OneHot", "NonZero", "Unique", "NonMaxSuppression", "Range", "EyeLike")
-def data_dependent(node: Node, c: Interpreter) -> None:
-    """outputs whose shape or meaning depends on positions: inputs stay as they are"""
-    for slot in range(len(node.inputs)):
-        c.freeze_input(node, slot, f"{node.title} depends on its order")
-
-
-@rule("RandomNormalLike", "RandomUniformLike", "RandomNormal", "RandomUniform", "Multinomial")
-def random(node: Node, c: Interpreter) -> None:
-    """fresh random values: nothing to prune"""
-    for slot in range(len(node.inputs)):
-        c.freeze_input(node, slot, f"{node.title} copies its shape")
-
-
-@rule("Trilu")
-def trilu(node: Node, c: Interpreter) -> None:
-    """x[*B, M, N] -> y[*B, M, N], a triangle zeroed"""
-    rank = len(c.dims(node, 0))
-    for axis in (rank - 2, rank - 1):
-        c.freeze(node, c.axis(node, 0, axis), f"{node.title} depends on its order")
-    c.set(node, {a: c.axis(node, 0, a) for a in range(rank - 2)})
+            r.set_attribute(node, "pads", values)

@@ -25,6 +25,7 @@ SHAPE_SLOTS = frozenset(
         ("Resize", 3),
         ("Split", 1),
         ("Tile", 1),
+        ("MaxUnpool", 2),
     ]
     + [("Slice", slot) for slot in (1, 2, 3, 4)]
 )

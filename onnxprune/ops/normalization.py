@@ -110,9 +110,22 @@ def lp_norm(node: Node, c: Interpreter) -> None:
     pass_through(node, c)
 
 
-@rule("LRN", "MeanVarianceNormalization")
+@rule("LRN")
 def local_response(node: Node, c: Interpreter) -> None:
-    """x[N, C, *S] -> y[N, C, *S]; mixes neighbouring channels or positions"""
-    for axis in range(1, len(c.dims(node, 0))):
-        c.freeze(node, c.axis(node, 0, axis), f"{node.title} mixes its neighbours")
+    """x[N, C, *S] -> y[N, C, *S]; divides by a sum over neighbouring channels"""
+    c.inexact(node, c.axis(node, 0, 1), f"{node.title} sums over its neighbours")
+    pass_through(node, c)
+
+
+@rule("MeanVarianceNormalization")
+def mean_variance(node: Node, c: Interpreter) -> None:
+    """x[*D] -> y[*D], normalized over some axes"""
+    rank = len(c.dims(node, 0))
+    own = {a % rank for a in node.attr("axes", (0, 2, 3))}
+    for axis in range(rank):
+        labels = c.axis(node, 0, axis)
+        if axis in own:
+            c.inexact(node, labels, f"{node.title} averages over it")
+        else:
+            c.prefer(labels)
     pass_through(node, c)

@@ -7,8 +7,8 @@ from onnxprune.graph import Node
 from onnxprune.labels import Labels
 from onnxprune.ops.registry import rule
 
-SUMS = ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")
-OTHERS = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp")
+SUMS = ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum")
+OTHERS = ("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSumExp")
 
 
 @rule(*SUMS)
@@ -72,14 +72,27 @@ def _without(node: Node, c: Interpreter, own: int, keep: bool) -> None:
     c.set(node, {a if keep or a < own else a - 1: c.axis(node, 0, a) for a in rest})
 
 
-@rule("TopK", "CumSum", "ReverseSequence", "CumProd")
+@rule("CumSum", "CumProd")
+def cumulative(node: Node, c: Interpreter) -> None:
+    """x[*D], axis -> y[*D], running along one axis: zeros add nothing to a sum"""
+    rank = len(c.dims(node, 0))
+    value = c.value(node, 1)
+    if value is None:
+        c.freeze_input(node, 0, f"the axis of {node.title} is computed")
+        return
+    own = int(value.ravel()[0]) % rank
+    if node.op_type == "CumSum":
+        c.contract(node, 0, own)
+    else:
+        c.inexact(node, c.axis(node, 0, own), f"{node.title} multiplies over it")
+    c.set(node, {a: c.axis(node, 0, a) for a in range(rank)})
+
+
+@rule("TopK", "ReverseSequence")
 def ordered(node: Node, c: Interpreter) -> None:
     """x[*D] -> y[*D'], where one axis depends on its order or number"""
     rank = len(c.dims(node, 0))
     own = [node.attr("axis", -1) % rank]
-    if node.op_type in ("CumSum", "CumProd"):
-        value = c.value(node, 1)
-        own = [int(value.ravel()[0]) % rank] if value is not None else list(range(rank))
     if node.op_type == "ReverseSequence":
         own = [node.attr("batch_axis", 1), node.attr("time_axis", 0)]
     for axis in own:

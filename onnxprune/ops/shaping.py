@@ -90,7 +90,7 @@ def _regroup(
     if result is None:
         c.freeze(node, block.labels.ravel()[:1], f"the only channel left in {node.title}")
         return ()
-    if block.joint and not result.joint and block.origin is not None:
+    if block.joint and not result.joint:
         return _close(node, c, block, result)
     if result.joint:
         origin = _carried(node, block)
@@ -114,11 +114,16 @@ def _combine(node: Node, c: Interpreter, blocks: Sequence[Block]) -> Block:
         return Block((axis,), labels)
     labels = c.system.fresh(*(v.size for v in live.values()))
     c.factor(node, labels, tuple(live.values()))
-    return Block(tuple(live), labels)
+    block = Block(tuple(live), labels)
+    c.settled[id(block)] = (block, live)
+    return block
 
 
 def _close(node: Node, c: Interpreter, block: Block, result: Block) -> Layout:
     """A split axis is merged again: if the chain only permuted it, it needs no common factor."""
+    if block.origin is None:
+        c.settle(block, node)
+        return (result,)
     origin: Origin = block.origin
     chain = (*origin.chain, node.index)
     permutation = _permutation(c, origin, chain, result.axes[0])

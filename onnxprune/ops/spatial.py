@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from onnxprune.coupling import Interpreter
 from onnxprune.graph import Node
 from onnxprune.labels import Labels
@@ -21,7 +23,34 @@ def pool(node: Node, c: Interpreter) -> None:
     batch = c.axis(node, 0, 0)
     c.set(node, {0: batch, 1: channels})
     if len(node.outputs) > 1 and node.outputs[1]:
-        c.freeze(node, channels, f"the indices of {node.title} are used")
+        if _only_unpools(node, c):
+            c.set(node, {1: channels}, 1)
+        else:
+            c.freeze(node, channels, f"the indices of {node.title} are used")
+
+
+def _only_unpools(node: Node, c: Interpreter) -> bool:
+    """Whether the positions that MaxPool puts out are read by MaxUnpool alone."""
+    name = node.outputs[1]
+    uses = c.graph.uses.get(name, ())
+    unpools = all(c.graph.nodes[i].op_type == "MaxUnpool" and s == 1 for i, s in uses)
+    captured = any(name in names for names in c.graph.captured.values())
+    return unpools and not captured and name not in c.graph.outputs
+
+
+@rule("MaxUnpool")
+def unpool(node: Node, c: Interpreter) -> None:
+    """x[N, C, *S], positions[N, C, *S] -> y[N, C, *S']"""
+    channels = c.axis(node, 0, 1)
+    c.tie(node, channels, c.axis(node, 1, 1))
+    c.set(node, {1: channels})
+
+
+@rewrite("MaxUnpool")
+def rewrite_unpool(node: Node, r: Rewriter) -> None:
+    """The number of channels that are left."""
+    if node.input(2):
+        r.rewrite_shape(node, 2, None)
 
 
 @rule("GridSample", "RoiAlign", "MaxRoiPool")
@@ -37,11 +66,25 @@ def resize(node: Node, c: Interpreter) -> None:
     found: dict[int, Labels | None] = {}
     for axis, (m, n) in enumerate(zip(before, after, strict=True)):
         labels = c.axis(node, 0, axis)
-        if m == n and node.attr("coordinate_transformation_mode", b"") != b"tf_crop_and_resize":
+        if _keeps(node, c, axis, m == n):
             found[axis] = labels
         else:
             c.freeze(node, labels, f"{node.title} interpolates along it")
     c.set(node, found)
+
+
+def _keeps(node: Node, c: Interpreter, axis: int, same_length: bool) -> bool:
+    """Whether an axis comes out as it went in."""
+    if node.attr("coordinate_transformation_mode", b"") == b"tf_crop_and_resize":
+        return False
+    slot = 1 if node.op_type == "Upsample" or c.graph.opset < 11 else 2
+    scales = c.value(node, slot) if node.input(slot) else node.attr("scales")
+    axes = node.attr("axes")
+    if scales is None or len(scales) == 0:
+        return same_length
+    rank = len(c.dims(node, 0))
+    where = list(range(rank)) if axes is None else [a % rank for a in axes]
+    return axis not in where or float(scales[where.index(axis)]) == 1.0
 
 
 @rewrite("Resize")
@@ -69,11 +112,25 @@ def depth_to_space(node: Node, c: Interpreter) -> None:
     c.set(node, {1: channels})
 
 
+@rule("Col2Im")
+def col2im(node: Node, c: Interpreter) -> None:
+    """x[N, C*prod(block), L], image[S], block[S] -> y[N, C, *image]"""
+    block = c.value(node, 2)
+    x = c.axis(node, 0, 1)
+    c.freeze(node, c.axis(node, 0, 2), f"positions of {node.title}")
+    if x is None or block is None or x.size == block.prod():
+        c.freeze(node, x, f"all channels of {node.title} form one image")
+        return
+    grid = x.reshape(-1, int(block.prod()))
+    channels = c.system.fresh(grid.shape[0])
+    for column in range(grid.shape[1]):
+        c.tie(node, channels, grid[:, column])
+    c.set(node, {1: channels})
+
+
 @rule("SpaceToDepth")
 def space_to_depth(node: Node, c: Interpreter) -> None:
     """x[N, C, H*b, W*b] -> y[N, b*b*C, H, W]"""
-    import numpy as np
-
     x = c.axis(node, 0, 1)
     if x is not None:
         c.set(node, {1: np.tile(x, node.attr("blocksize") ** 2)})
