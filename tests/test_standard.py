@@ -51,8 +51,9 @@ WITHOUT_RULE = {
         ("ai.onnx.ml", name): TREES
         for name in (
             "Binarizer CastMap CategoryMapper DictVectorizer FeatureVectorizer Imputer "
-            "LabelEncoder LinearClassifier LinearRegressor Normalizer OneHotEncoder SVMClassifier SVMRegressor "
-            "Scaler TreeEnsemble TreeEnsembleClassifier TreeEnsembleRegressor ZipMap"
+            "LabelEncoder LinearClassifier LinearRegressor Normalizer OneHotEncoder "
+            "SVMClassifier SVMRegressor Scaler TreeEnsemble TreeEnsembleClassifier "
+            "TreeEnsembleRegressor ZipMap"
         ).split()
     },
     **{
