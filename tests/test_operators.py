@@ -327,9 +327,10 @@ CONTRACTIONS = [
     Row(
         "einsum-diagonal",
         FLAT,
-        """d = Einsum<equation="ii->i">(m)  a = MatMul(x, w1)  h = Mul(a, d)  y = MatMul(h, w2)""",
-        f"m:8,8 {DENSE}",
-        "m w1 w2",
+        """a = MatMul(x, w1)  b = MatMul(x, w3)  o = Einsum<equation="ni,nj->nij">(a, b)
+        h = Einsum<equation="nii->ni">(o)  y = MatMul(h, w2)""",
+        f"{DENSE} w3:6,8",
+        "w1 w3 w2",
     ),
     Row(
         "einsum-trace",
@@ -358,28 +359,6 @@ CONTRACTIONS = [
         "h = ConvTranspose<group=4>(a, wt)",
         "wt:8,3,1,1 w2:4,12,1,1",
         shrinks="w1 b1 wt w2",
-    ),
-    Row(
-        "computed-weight",
-        FLAT,
-        """m = Mul(w1, s)  t = Transpose(m)  a = MatMul(x, t)  h = Relu(a)  y = MatMul(h, w2)""",
-        "w1:8,6 s:8,1 w2:8,4",
-        "w1 s w2",
-    ),
-    Row(
-        "standardized-weight",
-        "(float[N,3,8,8] x) => (float[N,4,6,6] y)",
-        """m = ReduceMean(w1, axes)  d = Sub(w1, m)  a = Conv(x, d)  h = Relu(a)
-        y = Conv(h, w2)""",
-        "w1:8,3,3,3 axes=1,2,3 w2:4,8,1,1",
-        "w1 w2",
-    ),
-    Row(
-        "concatenated-weight",
-        FLAT,
-        "c = Concat<axis=1>(w1, w3)  a = MatMul(x, c)  h = Relu(a)  y = MatMul(h, w2)",
-        "w1:6,4 w3:6,4 w2:8,4",
-        "w1 w3 w2",
     ),
 ]
 

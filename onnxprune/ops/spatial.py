@@ -34,8 +34,7 @@ def _only_unpools(node: Node, c: Interpreter) -> bool:
     name = node.outputs[1]
     uses = c.graph.uses.get(name, ())
     unpools = all(c.graph.nodes[i].op_type == "MaxUnpool" and s == 1 for i, s in uses)
-    captured = any(name in names for names in c.graph.captured.values())
-    return unpools and not captured and name not in c.graph.outputs
+    return unpools and name not in c.graph.leaving
 
 
 @rule("MaxUnpool")
