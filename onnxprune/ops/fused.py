@@ -14,7 +14,7 @@ from onnxprune.graph import Node
 from onnxprune.labels import Labels
 from onnxprune.ops.contraction import conv, gemm, product, rewrite_conv
 from onnxprune.ops.elementwise import aligned, broadcast, unary
-from onnxprune.ops.indexing import trilu
+from onnxprune.ops.lookup import trilu
 from onnxprune.ops.normalization import layer_norm
 from onnxprune.ops.registry import rewrite, rule
 from onnxprune.rewriting import Rewriter
