@@ -20,6 +20,7 @@ from onnx import helper, numpy_helper
 import onnxprune.vendor_fused  # noqa: F401  registers its shape rules
 from onnxprune.graph import Constant, Graph, Node
 from onnxprune.protos import bodies
+from onnxprune.sequence_shapes import Elements, visit_sequence
 from onnxprune.vendor import SHAPE_RULES, output_shapes
 
 Array = NDArray[Any]
@@ -38,6 +39,7 @@ class Sizing:
 
     dims: Mapping[str, Dims]
     values: Mapping[str, Array]
+    sequences: Mapping[str, Elements]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Shapes:
         if value is None and name in self.constants and self.constants[name].size <= FOLD_LIMIT:
             return self.constants[name].array()
         return value
+
+    def elements(self, name: str) -> Elements | None:
+        """What a sequence holds, where its number of tensors does not follow the input."""
+        a, b = self.first.sequences.get(name), self.second.sequences.get(name)
+        return a if a is not None and b is not None and len(a) == len(b) else None
 
     def is_fixed_value(self, name: str) -> bool:
         """Whether the folded value is the same at both assignments."""
@@ -181,7 +188,7 @@ def _at(
         walk.types[constant.name] = constant.dtype
     for node in graph.top:
         walk.visit(node)
-    return Sizing(walk.dims, walk.values), walk.types
+    return Sizing(walk.dims, walk.values, walk.sequences), walk.types
 
 
 class Walk:
@@ -196,6 +203,7 @@ class Walk:
         self.dims: dict[str, Dims] = {}
         self.types: dict[str, int] = {}
         self.values: dict[str, Array] = {}
+        self.sequences: dict[str, Elements] = {}
 
     def note(self, name: str, kind: onnx.TypeProto) -> None:
         if not kind.HasField("tensor_type"):
@@ -232,6 +240,7 @@ class Walk:
         fold = FOLDS.get(node.op_type) if node.domain == "" else None
         if fold is not None and self._fold(node, fold):
             return
+        visit_sequence(self, node)
         if any(name and name not in self.dims for name in node.outputs):
             self._infer(node)
             self._from_operands(node)

@@ -17,6 +17,7 @@ from onnxprune.ops import (
     normalization,
     recurrent,
     reduction,
+    sequences,
     shaping,
     signal,
     spatial,
@@ -37,6 +38,7 @@ _FAMILIES = (
     normalization,
     recurrent,
     reduction,
+    sequences,
     shaping,
     signal,
     spatial,
@@ -61,7 +63,7 @@ def interpret_node(state: Interpreter, node: Node) -> None:
             for block in state.layouts.get(name, ()):
                 state.freeze(node, block.labels, f"used inside the body of {node.title}")
         return
-    if not node.bodies and any(
+    if not entry.partial and any(
         name and state.shapes.dims(name) is None for name in (*node.inputs, *node.outputs)
     ):
         for slot in range(len(node.inputs)):

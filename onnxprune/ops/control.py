@@ -17,7 +17,7 @@ from onnxprune.ops.registry import rule
 Axes = Mapping[int, Labels]
 
 
-@rule("If")
+@rule("If", partial=True)
 def branches(node: Node, c: Interpreter) -> None:
     """cond -> the outputs of one of two bodies, which so must agree"""
     taken = _taken(node, c)
@@ -51,7 +51,7 @@ def _taken(node: Node, c: Interpreter) -> Body | None:
     return next(body for body in node.bodies if body.attribute == which)
 
 
-@rule("Loop")
+@rule("Loop", partial=True)
 def loop(node: Node, c: Interpreter) -> None:
     """trips, cond, states... -> final states..., stacked values [trips, *D]..."""
     body = node.bodies[0]
@@ -65,7 +65,7 @@ def loop(node: Node, c: Interpreter) -> None:
         _stack(node, c, axes, 0, k)
 
 
-@rule("Scan", since=9)
+@rule("Scan", since=9, partial=True)
 def scan(node: Node, c: Interpreter) -> None:
     """states..., sequences[.., T, ..]... -> final states..., stacked values[.., T, ..]..."""
     body = node.bodies[0]

@@ -81,7 +81,7 @@ VARIADIC = [
 ]
 
 
-@rule("Identity", "Cast", "CastLike", "BitCast", "Dropout", joint=True)
+@rule("Identity", "Cast", "CastLike", "BitCast", "Dropout", joint=True, partial=True)
 def carry(node: Node, c: Interpreter) -> None:
     """x[*D] -> y[*D], jointly labelled axes included"""
     if node.op_type == "Dropout" and _drops(node, c):
@@ -90,9 +90,11 @@ def carry(node: Node, c: Interpreter) -> None:
     if node.op_type == "CastLike":
         c.layout(node, 1)
     layout = tuple(Block(b.axes, b.labels) for b in c.layout(node, 0))
-    for index in range(len(node.outputs)):
+    for index, name in enumerate(node.outputs):
         if c.out_dims(node, index) == c.dims(node, 0):
             c.set_layout(node, layout, index)
+        elif name:
+            c.freeze_input(node, 0, f"a shape around {node.title} is unknown")
 
 
 def _drops(node: Node, c: Interpreter) -> bool:

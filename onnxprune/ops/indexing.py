@@ -43,7 +43,7 @@ def concat(node: Node, c: Interpreter) -> None:
     c.set(node, found)
 
 
-@rule("Split", "SplitToSequence")
+@rule("Split")
 def split(node: Node, c: Interpreter) -> None:
     """x[*D] -> parts along one axis"""
     rank = len(c.dims(node, 0))
@@ -51,7 +51,7 @@ def split(node: Node, c: Interpreter) -> None:
     rest = _pass_other_axes(node, c, own)
     labels = c.axis(node, 0, own)
     sizes = [c.out_dims(node, i)[own] if name else 0 for i, name in enumerate(node.outputs)]
-    if labels is None or node.op_type != "Split" or sum(sizes) != labels.size:
+    if labels is None or sum(sizes) != labels.size:
         c.freeze(node, labels, f"the parts of {node.title} are not all known")
         labels = None
     start = 0

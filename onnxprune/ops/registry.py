@@ -28,6 +28,7 @@ class Entry:
     since: int
     rule: Rule
     joint: bool
+    partial: bool
 
 
 RULES: dict[tuple[str, str], list[Entry]] = {}
@@ -35,17 +36,22 @@ REWRITES: dict[tuple[str, str], Rewrite] = {}
 
 
 def rule(
-    *op_types: str, domain: str = "", since: int = 1, joint: bool = False
+    *op_types: str,
+    domain: str = "",
+    since: int = 1,
+    joint: bool = False,
+    partial: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Register the rule of these operators.
 
-    `joint`: it passes jointly labelled axes on by itself.
+    `joint`: it passes jointly labelled axes on by itself. `partial`: it copes with shapes that are
+    unknown.
     """
 
     def register(function: Rule) -> Rule:
         for op_type in op_types:
             entries = RULES.setdefault((domain, op_type), [])
-            entries.append(Entry(since, function, joint))
+            entries.append(Entry(since, function, joint, partial))
             entries.sort(key=lambda e: -e.since)
         return function
 
