@@ -42,6 +42,14 @@ class Scope(StrEnum):
     all = "all"
 
 
+class Ranking(StrEnum):
+    """Which channels compete with which."""
+
+    overall = "global"
+    isomorphic = "isomorphic"
+    uniform = "uniform"
+
+
 ModelIn = Annotated[Path, typer.Argument(metavar="IN.onnx", help="The model to read.")]
 ModelOut = Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write the result.")]
 Reference = Annotated[Path, typer.Argument(metavar="A.onnx", help="The reference model.")]
@@ -81,6 +89,14 @@ Criterion = Annotated[
         help="How channels are ranked: l1, l2, bn-scale, fpgm, lamp, random.",
         rich_help_panel=CHOICE,
         metavar="NAME",
+    ),
+]
+RankingOption = Annotated[
+    Ranking | None,
+    typer.Option(
+        help="global: all channels compete; isomorphic: those of layers of like shape; uniform: "
+        "every layer loses the same share. Default: uniform for --channels, else global.",
+        rich_help_panel=CHOICE,
     ),
 ]
 RoundTo = Annotated[
@@ -183,6 +199,7 @@ def prune(
     criterion: Criterion = "l2",
     round_to: RoundTo = 1,
     min_keep: MinKeep = 0.1,
+    ranking: RankingOption = None,
     keep: Keep = None,
     data: Data = None,
     val: Val = None,
@@ -216,6 +233,7 @@ def prune(
             criterion=criterion,
             round_to=round_to,
             min_keep=min_keep,
+            ranking=None if ranking is None else ranking.value,
             keep=tuple(keep or ()),
             data=data,
             val=val,

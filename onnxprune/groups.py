@@ -91,6 +91,31 @@ def _group(
     )
 
 
+def isomorphic(groups: Sequence[Group], coupling: Coupling) -> list[int]:
+    """A class number for each group; groups of one class are of like shape.
+
+    That is: as many units of the same width, in the same places (operator, input, axis, how many
+    channels of it) of weights of the same shapes.
+    """
+    unit = coupling.solution.unit
+    owner = np.full(coupling.solution.units, -1, np.int64)
+    for number, group in enumerate(groups):
+        owner[group.units] = number
+    places: list[list[tuple[object, ...]]] = [[] for _ in groups]
+    for name, uses in coupling.constants.items():
+        constant = coupling.graph.constants[name]
+        for (index, slot), layout in uses.items():
+            for block in layout:
+                found = owner[unit[np.maximum(block.labels, 0)]]
+                numbers, times = np.unique(found[found >= 0], return_counts=True)
+                where = (coupling.graph.nodes[index].op_type, slot, block.axes, constant.dims)
+                for number, count in zip(numbers, times, strict=True):
+                    places[number].append((*where, int(count)))
+    classes: dict[object, int] = {}
+    shapes = ((g.size, g.width, *sorted(p, key=repr)) for g, p in zip(groups, places, strict=True))
+    return [classes.setdefault(shape, len(classes)) for shape in shapes]
+
+
 def matching_units(coupling: Coupling, patterns: Sequence[str]) -> Units:
     """Units that touch a node or weight whose name matches one of `patterns` (shell wildcards).
 

@@ -50,6 +50,7 @@ from onnxprune.verify import (
 if TYPE_CHECKING:
     from onnxprune.data import Dataset
     from onnxprune.passes.apply import Applied
+    from onnxprune.passes.select import Ranking
 
 Source = str | os.PathLike[str] | onnx.ModelProto
 Scope = Literal["exact", "all"]
@@ -81,6 +82,7 @@ def prune(
     criterion: str = "l2",
     round_to: int = 1,
     min_keep: float = 0.1,
+    ranking: Ranking | None = None,
     keep: Sequence[str] = (),
     data: Any = None,
     val: Any = None,
@@ -102,6 +104,8 @@ def prune(
         criterion: importance of channels, one of `onnxprune.passes.score.criteria()`.
         round_to: kept widths are multiples of it where the layer is that wide.
         min_keep: the smallest share of a layer that is kept.
+        ranking: "global": all channels compete; "isomorphic": those of layers of like shape do;
+            "uniform": every layer loses the same share. None: uniform for `channels`, else global.
         keep: names of nodes or weights that stay whole; shell wildcards.
         data: calibration or training data; see `onnxprune.data.open_data`.
         val: held-out data that the metrics are measured on; default `data`.
@@ -119,9 +123,10 @@ def prune(
 
     budget = _budget(channels=channels, macs=macs, params=params, size_mb=size_mb)
     _check_ranges(min_keep, round_to, scope, finetune, data)
+    _check_ranking(ranking)
     options = Options(
         budget,
-        Limits(round_to, min_keep, scope),
+        Limits(round_to, min_keep, scope, ranking),
         criterion,
         tuple(keep),
         finetune,
@@ -140,7 +145,7 @@ def prune(
     with clock.stage("prune", listener):
         feeds = _feeds(original, train, seed, threads)
         verified = _prune_verified(analysis, options, feeds)
-    plan = _plan(analysis, verified)
+    plan = _plan(analysis, verified, options)
     with clock.stage("rebuild", listener):
         rebuilt, metrics, steps = rebuild(
             original, verified.applied.model, train, held_out, options, listener
@@ -261,6 +266,13 @@ def _check_ranges(min_keep: float, round_to: int, scope: str, finetune: int, dat
         raise InvalidRecipeError(f"--finetune {finetune} is out of range: it counts epochs")
     if finetune and data is None:
         raise InvalidRecipeError("--finetune needs --data to train on")
+
+
+def _check_ranking(ranking: str | None) -> None:
+    from onnxprune.passes.select import RANKINGS
+
+    if ranking not in (None, *RANKINGS):
+        raise InvalidRecipeError(f"--ranking {ranking!r} is unknown: choose {', '.join(RANKINGS)}")
 
 
 def _check_prunable(analysis: Analysis) -> None:
@@ -396,7 +408,9 @@ def _planned_keep(groups: Sequence[Group], plan: Plan, everything: Mask) -> Mask
     return keep
 
 
-def _plan(analysis: Analysis, verified: Verified) -> Plan:
+def _plan(analysis: Analysis, verified: Verified, options: Options) -> Plan:
+    from onnxprune.passes.select import default_ranking
+
     groups = tuple(
         PlannedGroup(
             g.name,
@@ -408,5 +422,14 @@ def _plan(analysis: Analysis, verified: Verified) -> Plan:
         for g in analysis.groups
     )
     return Plan(
-        fingerprint(analysis.model), dict(verified.applied.slices), groups, planned_frozen(analysis)
+        fingerprint(analysis.model),
+        dict(verified.applied.slices),
+        groups,
+        planned_frozen(analysis),
+        {
+            "budget": {options.budget.kind: options.budget.value},
+            "scope": options.limits.scope,
+            "criterion": options.criterion,
+            "ranking": options.limits.ranking or default_ranking(options.budget),
+        },
     )

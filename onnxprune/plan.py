@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import onnx
@@ -48,12 +48,16 @@ class FrozenAxis:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is removed. `model` identifies the input by its structure; weights may differ."""
+    """What is removed. `model` identifies the input by its structure; weights may differ.
+
+    `options` are those that the choice was made with.
+    """
 
     model: Mapping[str, Any]
     initializers: Mapping[str, Slice]
     groups: tuple[PlannedGroup, ...]
     frozen: tuple[FrozenAxis, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
@@ -93,6 +97,7 @@ class Plan:
                     FrozenAxis(str(f["tensor"]), int(f["axis"]), str(f["node"]), str(f["reason"]))
                     for f in data["frozen"]
                 ),
+                options=dict(data.get("options", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)

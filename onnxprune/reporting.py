@@ -13,7 +13,7 @@ from onnxprune.options import Options, Verified
 from onnxprune.rebuild import measure
 from onnxprune.result import CheckReport, Cost, Report
 from onnxprune.rewriting import Mask
-from onnxprune.verify import Feeds, structure_problems, units_of
+from onnxprune.verify import Feeds, structure_problems
 
 if TYPE_CHECKING:
     from onnxprune.data import Dataset
@@ -30,6 +30,8 @@ def make_report(
     steps: Sequence[Mapping[str, Any]],
 ) -> Report:
     """Everything measured; `new` are the rebuilt model's metrics, `steps` those on the way."""
+    from onnxprune.passes.select import default_ranking
+
     original, keep = analysis.model, verified.keep
     before = measured_cost(analysis, original, analysis.everything)
     after = measured_cost(analysis, rebuilt, keep)
@@ -51,6 +53,7 @@ def make_report(
         options={
             "scope": options.limits.scope,
             "criterion": options.criterion,
+            "ranking": options.limits.ranking or default_ranking(options.budget),
             "round_to": options.limits.round_to,
             "min_keep": options.limits.min_keep,
             "keep": list(options.keep),
@@ -74,8 +77,8 @@ def _reached(analysis: Analysis, keep: Mask, options: Options) -> float:
         return cost.params(keep) / max(cost.params(whole), 1.0)
     if options.budget.kind == "size-mb":
         return cost.size_mb(keep)
-    prunable = units_of(analysis.groups)
-    return float(keep[prunable].mean()) if prunable.size else 1.0
+    left = sum(int(keep[g.units].sum()) * g.width for g in analysis.groups)
+    return left / max(sum(g.size * g.width for g in analysis.groups), 1) if analysis.groups else 1.0
 
 
 def _with_latency(

@@ -1,14 +1,20 @@
 """Which units go, so that a budget holds.
 
-`channels` keeps the same share of every layer. `macs`, `params` and `size` rank all units together,
-by importance for what they cost, and remove from the bottom until the budget holds; no layer falls
-below its floor.
+Units are put in one order and removed from its start until the budget holds; no layer falls below
+its floor. A ranking makes that order:
+
+* global: by importance for what the units cost, all against all;
+* isomorphic: groups of like shape compete among themselves, and every such class loses the same
+  share (Fang et al., Isomorphic Pruning, 2024);
+* uniform: every group loses the same share.
+
+`channels` keeps the same share of every layer, unless a ranking says otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,13 +24,16 @@ from numpy.typing import NDArray
 from onnxprune.cost import CostModel
 from onnxprune.coupling import Coupling
 from onnxprune.errors import BudgetError
-from onnxprune.groups import Group, Units
+from onnxprune.groups import Group, Units, isomorphic
 from onnxprune.rewriting import Mask
 
 Scores = NDArray[np.float64]
 #: How much a layer's cost counts against its importance: 0 not at all, 1 in full.
 PRICE_POWER = 0.15
 BudgetKind = Literal["channels", "macs", "params", "size-mb"]
+Ranking = Literal["global", "isomorphic", "uniform"]
+RANKINGS: tuple[Ranking, ...] = ("global", "isomorphic", "uniform")
+NONE: Units = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -39,22 +48,40 @@ class Budget:
 class Limits:
     """`round_to`: kept widths are multiples of it where the layer is that wide.
 
-    `min_keep`: the smallest share kept.
+    `min_keep`: the smallest share kept. `ranking`: None is uniform for channels, else global.
     """
 
     round_to: int = 1
     min_keep: float = 0.1
     scope: Literal["exact", "all"] = "all"
+    ranking: Ranking | None = None
 
 
 @dataclass(frozen=True)
 class _Choice:
     """A prunable group with its units in the order in which they would go."""
 
+    group: Group
     order: Units
-    size: int
-    width: int
     floor: int
+
+    @property
+    def size(self) -> int:
+        return self.group.size
+
+    @property
+    def width(self) -> int:
+        return self.group.width
+
+    @property
+    def able(self) -> int:
+        """How many of `order` may go."""
+        return self.size - self.floor
+
+
+def default_ranking(budget: Budget) -> Ranking:
+    """The ranking where none was asked for."""
+    return "uniform" if budget.kind == "channels" else "global"
 
 
 def select(
@@ -65,32 +92,70 @@ def select(
     budget: Budget,
     limits: Limits,
     fixed: Units,
+    gone: Units = NONE,
 ) -> Mask:
-    """keep[unit] under which `budget` holds; units in `fixed` stay.
+    """keep[unit] under which `budget` holds; units in `fixed` stay, those in `gone` go.
 
     Raises:
         BudgetError: it cannot be reached; says what can.
     """
-    choices = [c for g in groups if (c := _choice(g, scores, limits, fixed)) is not None]
-    if budget.kind == "channels":
+    decided = np.union1d(fixed, gone)
+    choices = [c for g in groups if (c := _choice(g, scores, limits, decided)) is not None]
+    whole = np.ones(cost.units, bool)
+    base = whole.copy()
+    base[gone] = False
+    ranking = limits.ranking or default_ranking(budget)
+    if budget.kind == "channels" and ranking == "uniform":
         counts = [_rounded(c, round(c.size * budget.value + 1e-9), limits) for c in choices]
-        return _repair(coupling, _mask(cost.units, choices, counts), scores)
-    measure = {"macs": cost.macs, "params": cost.params, "size-mb": cost.size_mb}[budget.kind]
-    everything = np.ones(cost.units, bool)
-    target = budget.value if budget.kind == "size-mb" else budget.value * measure(everything)
-    return _global(coupling, choices, scores, cost, budget, limits, target)
+        return _repair(coupling, _mask(base, choices, counts), scores)
+    measure = _measure(budget, groups, cost)
+    target = budget.value if budget.kind == "size-mb" else budget.value * measure(whole)
+    order = _order(coupling, choices, scores, cost, budget, ranking)
+
+    def at(removed: int) -> Mask:
+        gone_by_choice = np.bincount(order[:removed], minlength=len(choices))
+        left = (c.size - int(g) for c, g in zip(choices, gone_by_choice, strict=True))
+        counts = [_rounded(c, n, limits) for c, n in zip(choices, left, strict=True)]
+        return _repair(coupling, _mask(base, choices, counts), scores)
+
+    if measure(at(order.size)) > target * (1 + 1e-9):
+        raise _unreachable(budget, measure(at(order.size)), measure(whole), limits)
+    if measure(at(0)) <= target * (1 + 1e-9):
+        return at(0)
+    low, high = 0, order.size  # a bias cut in two ways costs a little more: high always holds
+    while low < high:
+        middle = (low + high) // 2
+        if measure(at(middle)) <= target * (1 + 1e-9):
+            high = middle
+        else:
+            low = middle + 1
+    return at(high)
 
 
-def _choice(group: Group, scores: Scores, limits: Limits, fixed: Units) -> _Choice | None:
+def _measure(budget: Budget, groups: Sequence[Group], cost: CostModel) -> Callable[[Mask], float]:
+    """What the budget limits."""
+
+    def channels(keep: Mask) -> float:
+        return float(sum(int(keep[g.units].sum()) * g.width for g in groups))
+
+    by_kind: dict[str, Callable[[Mask], float]] = {
+        "macs": cost.macs,
+        "params": cost.params,
+        "size-mb": cost.size_mb,
+        "channels": channels,
+    }
+    return by_kind[budget.kind]
+
+
+def _choice(group: Group, scores: Scores, limits: Limits, decided: Units) -> _Choice | None:
     if limits.scope == "exact" and not group.exact:
         return None
-    free = group.units[~np.isin(group.units, fixed)]
+    free = group.units[~np.isin(group.units, decided)]
     held = group.size - free.size
     floor = max(1, math.ceil(limits.min_keep * group.size - 1e-9), held)
     if free.size == 0 or group.size < 2:
         return None
-    order = free[np.argsort(scores[free], kind="stable")]
-    return _Choice(order, group.size, group.width, floor)
+    return _Choice(group, free[np.argsort(scores[free], kind="stable")], floor)
 
 
 def _rounded(choice: _Choice, count: int, limits: Limits) -> int:
@@ -102,8 +167,8 @@ def _rounded(choice: _Choice, count: int, limits: Limits) -> int:
     return min(count, choice.size)
 
 
-def _mask(units: int, choices: Sequence[_Choice], counts: Sequence[int]) -> Mask:
-    keep = np.ones(units, bool)
+def _mask(base: Mask, choices: Sequence[_Choice], counts: Sequence[int]) -> Mask:
+    keep = base.copy()
     for choice, count in zip(choices, counts, strict=True):
         keep[choice.order[: choice.size - count]] = False
     return keep
@@ -119,46 +184,44 @@ def _repair(coupling: Coupling, keep: Mask, scores: Scores) -> Mask:
     return keep
 
 
-def _global(
+def _order(
     coupling: Coupling,
     choices: Sequence[_Choice],
     scores: Scores,
     cost: CostModel,
     budget: Budget,
-    limits: Limits,
-    target: float,
-) -> Mask:
-    measure = {"macs": cost.macs, "params": cost.params, "size-mb": cost.size_mb}[budget.kind]
-    per_unit = cost.macs_per_unit() if budget.kind == "macs" else cost.params_per_unit()
-    ranks, owners = [], []
-    for i, choice in enumerate(choices):
-        able = choice.order[: choice.size - choice.floor]
-        price = max(float(per_unit[choice.order].sum()), 1e-12)
-        ranks.append(_harm(scores[choice.order], choice.size)[: able.size] / price**PRICE_POWER)
-        owners.append(np.full(able.size, i))
+    ranking: Ranking,
+) -> NDArray[np.int64]:
+    """The choice that gives its next unit, at each step."""
+    if ranking == "uniform":
+        ranks = [np.arange(1, c.able + 1) / c.size for c in choices]
+    else:
+        per_unit = cost.macs_per_unit() if budget.kind == "macs" else cost.params_per_unit()
+        ranks = [_priced(c, scores, per_unit) for c in choices]
+    if ranking == "isomorphic":
+        ranks = _within_classes(ranks, isomorphic([c.group for c in choices], coupling))
+    owner = np.repeat(np.arange(len(choices)), [c.able for c in choices])
     rank = np.concatenate(ranks) if ranks else np.zeros(0)
-    owner = np.concatenate(owners) if owners else np.zeros(0, np.int64)
-    order = owner[np.argsort(rank, kind="stable")]
+    return np.asarray(owner[np.argsort(rank, kind="stable")], np.int64)
 
-    def at(removed: int) -> Mask:
-        gone = np.bincount(order[:removed], minlength=len(choices))
-        counts = [_rounded(c, c.size - int(g), limits) for c, g in zip(choices, gone, strict=True)]
-        return _repair(coupling, _mask(cost.units, choices, counts), scores)
 
-    if measure(at(order.size)) > target * (1 + 1e-9):
-        raise _unreachable(
-            budget, measure(at(order.size)), measure(np.ones(cost.units, bool)), limits
-        )
-    if measure(at(0)) <= target * (1 + 1e-9):
-        return at(0)
-    low, high = 0, order.size  # a bias cut in two ways costs a little more: high always holds
-    while low < high:
-        middle = (low + high) // 2
-        if measure(at(middle)) <= target * (1 + 1e-9):
-            high = middle
-        else:
-            low = middle + 1
-    return at(high)
+def _priced(choice: _Choice, scores: Scores, per_unit: Scores) -> Scores:
+    price = max(float(per_unit[choice.order].sum()), 1e-12)
+    harm = _harm(scores[choice.order], choice.size)[: choice.able]
+    return np.asarray(harm / price**PRICE_POWER, np.float64)
+
+
+def _within_classes(ranks: Sequence[Scores], classes: Sequence[int]) -> list[Scores]:
+    """Ranks as shares of their class: position / size, in [0, 1]."""
+    lengths = [r.size for r in ranks]
+    rank = np.concatenate(ranks) if ranks else np.zeros(0)
+    owner = np.repeat(np.asarray(classes, np.int64), lengths)
+    share = np.empty(rank.size)
+    for number in np.unique(owner):
+        members = np.flatnonzero(owner == number)
+        order = members[np.argsort(rank[members], kind="stable")]
+        share[order] = np.arange(1, order.size + 1) / order.size
+    return np.split(share, np.cumsum(lengths)[:-1]) if ranks else []
 
 
 def _harm(importance: Scores, size: int) -> Scores:

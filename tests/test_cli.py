@@ -188,6 +188,7 @@ class TestTranscripts:
         [
             ("prune in.onnx out.onnx --channels half", "--channels"),
             ("prune in.onnx out.onnx --channels 0.5 --scope some", "'exact', 'all'"),
+            ("prune in.onnx out.onnx --channels 0.5 --ranking best", "'isomorphic', 'uniform'"),
             ("prune in.onnx out.onnx --channels 0.5 --threads 0", "--threads"),
             ("prune in.onnx out.onnx --channels 0.5 --nonsense", "--nonsense"),
             ("prune in.onnx", "OUT.onnx"),
@@ -224,6 +225,7 @@ class TestPrune:
             "criterion": "l2",
             "round_to": 1,
             "min_keep": 0.1,
+            "ranking": None,
             "keep": (),
             "data": None,
             "val": None,
