@@ -36,20 +36,18 @@ from onnxprune.reporting import make_report
 from onnxprune.result import CheckReport, Inspection, Result
 from onnxprune.rewriting import Mask
 from onnxprune.verify import (
-    FAILURES,
     Feeds,
+    Verdict,
     default_tolerance,
     difference,
+    examine,
     find_faulty,
-    is_sound,
     structure_problems,
-    twin_error,
     units_of,
 )
 
 if TYPE_CHECKING:
     from onnxprune.data import Dataset
-    from onnxprune.passes.apply import Applied
     from onnxprune.passes.select import Ranking
 
 Source = str | os.PathLike[str] | onnx.ModelProto
@@ -323,6 +321,10 @@ def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]
     tolerance = default_tolerance(analysis.model)
     faulty: list[Group] = []
     notes: list[str] = []
+
+    def judge(keep: Mask) -> Verdict:
+        return examine(coupling, keep, analysis.model, feeds, tolerance, options.threads)
+
     for _ in range(MAX_REPAIRS):
         keep = select(
             coupling, analysis.groups, scores, analysis.cost, options.budget, options.limits, fixed
@@ -331,16 +333,13 @@ def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]
             return Verified(keep, Applied(analysis.model, {}), None, (*notes, _nothing(options)))
         if not options.check:
             return Verified(keep, apply_keep(coupling, keep), None, tuple(notes))
-        report, applied = _verify(analysis, keep, feeds, tolerance, options, faulty)
-        if applied is not None and report.passed:
-            return Verified(keep, applied, report, tuple(notes))
-        blamed = find_faulty(
-            analysis.groups,
-            keep,
-            lambda k: is_sound(coupling, k, feeds, tolerance, options.threads),
-        )
+        verdict = judge(keep)
+        if verdict.applied is not None and verdict.sound:
+            report = _check_report(verdict, tolerance, feeds, faulty)
+            return Verified(keep, verdict.applied, report, tuple(notes))
+        blamed = find_faulty(analysis.groups, keep, lambda k: judge(k).sound)
         if not blamed:
-            raise VerificationError("; ".join(report.problems) or "the pruned model is wrong")
+            raise VerificationError("; ".join(verdict.problems))
         faulty += blamed
         fixed = np.union1d(fixed, units_of(blamed)).astype(np.int32)
         notes += [f"group {g.name} was kept: its pruning failed the check" for g in blamed]
@@ -355,37 +354,19 @@ def _nothing(options: Options) -> str:
     )
 
 
-def _verify(
-    analysis: Analysis,
-    keep: Mask,
-    feeds: Sequence[Feeds],
-    tolerance: float,
-    options: Options,
-    faulty: Sequence[Group],
-) -> tuple[CheckReport, Applied | None]:
-    from onnxprune.passes.apply import apply_keep
-
-    applied: Applied | None = None
-    error: float | None = None
-    try:
-        applied = apply_keep(analysis.coupling, keep)
-        problems = structure_problems(applied.model, analysis.model)
-        error = twin_error(analysis.coupling, keep, applied.model, feeds, options.threads)
-        if not error <= tolerance:
-            problems.append(f"differs from its masked twin by {error:.3g}, more than {tolerance:g}")
-    except FAILURES as failure:
-        problems = [str(failure)]
-    report = CheckReport(
-        passed=not problems,
-        structure=applied is not None and error is not None,
-        max_error=error,
+def _check_report(
+    verdict: Verdict, tolerance: float, feeds: Sequence[Feeds], faulty: Sequence[Group]
+) -> CheckReport:
+    return CheckReport(
+        passed=verdict.sound,
+        structure=verdict.error is not None,
+        max_error=verdict.error,
         tolerance=tolerance,
         feeds=len(feeds),
         reference="the masked twin",
-        problems=tuple(problems),
+        problems=verdict.problems,
         faulty=tuple(g.name for g in faulty),
     )
-    return report, applied
 
 
 def _planned_keep(groups: Sequence[Group], plan: Plan, everything: Mask) -> Mask:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -18,10 +20,16 @@ from onnxprune.groups import Group, Units
 from onnxprune.rewriting import Mask
 from onnxprune.twin import masked_twin
 
+if TYPE_CHECKING:
+    from onnxprune.passes.apply import Applied
+
 Feeds = Mapping[str, NDArray[Any]]
 Array = NDArray[Any]
 #: What applying a wrong rule, or running its result, may raise.
 FAILURES = (OnnxPruneError, ValueError, IndexError, KeyError, AssertionError)
+_DRAWING = frozenset(
+    "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike".split()
+)
 _INLINE_BYTES = 1_900_000_000
 
 
@@ -119,9 +127,28 @@ def twin_error(
     """
     from onnxprune import runtime
 
-    ours = _outputs(runtime.session(pruned, threads=threads), feeds)
-    theirs = _outputs(runtime.session(masked_twin(coupling, keep), threads=threads), feeds)
+    twin = masked_twin(coupling, keep)
+    ours, theirs = (
+        _outputs(runtime.session(_seeded(model), threads=threads), feeds)
+        for model in (pruned, twin)
+    )
     return max((difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+
+
+def _seeded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, but nodes that draw random numbers draw the same ones in every model."""
+    drawing = [i for i, node in enumerate(model.graph.node) if node.op_type in _DRAWING]
+    if not drawing:
+        return model
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for i in drawing:
+        node = copy.graph.node[i]
+        rest = [a for a in node.attribute if a.name != "seed"]
+        seed = float(zlib.crc32(node.output[0].encode()) % 1000)
+        del node.attribute[:]
+        node.attribute.extend([*rest, onnx.helper.make_attribute("seed", seed)])
+    return copy
 
 
 def _outputs(session: Any, feeds: Sequence[Feeds]) -> list[list[Any]]:
@@ -164,18 +191,39 @@ def units_of(groups: Sequence[Group]) -> Units:
     return np.concatenate([g.units for g in groups]) if groups else np.zeros(0, np.int32)
 
 
-def is_sound(
+@dataclass(frozen=True)
+class Verdict:
+    """What levels 1 and 2 say about one choice: no problems, no fault found."""
+
+    applied: Applied | None
+    error: float | None
+    problems: tuple[str, ...]
+
+    @property
+    def sound(self) -> bool:
+        """Whether the pruned model is valid, runs, and equals its masked twin."""
+        return not self.problems
+
+
+def examine(
     coupling: Coupling,
     keep: Mask,
+    original: onnx.ModelProto,
     feeds: Sequence[Feeds],
     tolerance: float,
     threads: int | None = None,
-) -> bool:
-    """Whether applying `keep` gives a model that runs and equals its twin."""
+) -> Verdict:
+    """Apply `keep` and check the structure of the result and its equality with the masked twin."""
     from onnxprune.passes.apply import apply_keep
 
+    applied: Applied | None = None
+    error: float | None = None
     try:
-        pruned = apply_keep(coupling, keep).model
-        return twin_error(coupling, keep, pruned, feeds, threads) <= tolerance
-    except FAILURES:
-        return False
+        applied = apply_keep(coupling, keep)
+        problems = structure_problems(applied.model, original)
+        error = twin_error(coupling, keep, applied.model, feeds, threads)
+        if not error <= tolerance:
+            problems.append(f"differs from its masked twin by {error:.3g}, more than {tolerance:g}")
+    except FAILURES as failure:
+        problems = [str(failure) or type(failure).__name__]
+    return Verdict(applied, error, tuple(problems))

@@ -9,230 +9,19 @@ import numpy as np
 import onnx
 import pytest
 
-from onnxprune import runtime, verify
+from onnxprune import verify
 from onnxprune.analysis import analyse
-from onnxprune.coupling import Interpreter
-from onnxprune.errors import VerificationError
-from onnxprune.graph import Node
 from onnxprune.groups import Group
-from onnxprune.ops import contraction, elementwise, indexing, normalization, shaping
-from onnxprune.ops.registry import REWRITES, RULES, Rewrite, Rule
+from onnxprune.ops import elementwise
+from onnxprune.ops.registry import RULES
 from onnxprune.pipeline import apply
 from onnxprune.pipeline import check as compare
-from onnxprune.rewriting import Rewriter
 from onnxprune.twin import masked_twin
-from tests.graphs import TOLERANCE, build, mlp, outputs, prune, tensors
+from tests.graphs import build, mlp, prune, tensors
+from tests.mutations import reversed_outputs
 
 CONV = "(float[N,3,8,8] x) => (float[N,4,6,6] y)"
 CONVS = "w1:8,3,3,3 b1:8 w2:4,8,1,1"
-
-
-class _Deaf:
-    """An interpreter that forgets what one method is told; everything else is passed on."""
-
-    def __init__(self, inner: Interpreter, **overrides: Callable[..., object]) -> None:
-        self._inner, self._overrides = inner, overrides
-
-    def __getattr__(self, name: str) -> object:
-        return self._overrides.get(name) or getattr(self._inner, name)
-
-
-def _nothing(*_: object) -> None:
-    return None
-
-
-def _without_ties(rule: Rule) -> Rule:
-    return lambda node, c: rule(node, _Deaf(c, tie=_nothing))  # type: ignore[arg-type]
-
-
-def _reversed_outputs(rule: Rule) -> Rule:
-    def broken(node: Node, c: Interpreter) -> None:
-        rule(node, c)
-        for name in node.outputs:
-            layout = c.layouts.get(name, ())
-            if layout:
-                c.layouts[name] = tuple(replace(b, labels=b.labels[::-1]) for b in layout)
-
-    return broken
-
-
-def _shifted_outputs(rule: Rule) -> Rule:
-    def broken(node: Node, c: Interpreter) -> None:
-        rule(node, c)
-        for name in node.outputs:
-            layout = c.layouts.get(name, ())
-            if layout:
-                c.layouts[name] = tuple(replace(b, labels=np.roll(b.labels, 1)) for b in layout)
-
-    return broken
-
-
-def _without_contraction(rule: Rule) -> Rule:
-    """The input's zeros are not looked at: labels come from `axis` alone."""
-    return lambda node, c: rule(node, _Deaf(c, contract=c.axis))  # type: ignore[arg-type]
-
-
-def _exact_everything(rule: Rule) -> Rule:
-    return lambda node, c: rule(node, _Deaf(c, inexact=_nothing))  # type: ignore[arg-type]
-
-
-MUTATIONS = [
-    pytest.param(
-        "Concat",
-        _reversed_outputs(indexing.concat),
-        build(
-            CONV,
-            "a = Conv(x, w1, b1)  c = Conv(x, w3)  h = Concat<axis=1>(a, c)  y = Conv(h, w4)",
-            f"{CONVS} w3:6,3,3,3 w4:4,14,1,1",
-        ),
-        id="concat-ties-in-reverse",
-    ),
-    pytest.param(
-        "Add",
-        _without_ties(elementwise.broadcast),
-        build(
-            CONV,
-            "a = Conv(x, w1, b1)  c = Conv(x, w3)  h = Add(a, c)  y = Conv(h, w2)",
-            f"{CONVS} w3:8,3,3,3",
-        ),
-        id="add-ties-nothing",
-    ),
-    pytest.param(
-        "Conv",
-        _without_ties(contraction.conv),
-        build(CONV, "a = Conv(x, w1, b1)  h = Relu(a)  y = Conv(h, w2)", CONVS),
-        id="conv-ties-neither-input-nor-bias",
-    ),
-    pytest.param(
-        "Gemm",
-        _without_ties(contraction.gemm),
-        mlp(6, 8, 8, 4),
-        id="gemm-ties-nothing",
-    ),
-    pytest.param(
-        "BatchNormalization",
-        _without_ties(normalization.per_channel),
-        build(
-            CONV,
-            "a = Conv(x, w1, b1)  h = BatchNormalization(a, s, b, m, var)  y = Conv(h, w2)",
-            f"{CONVS} s:8 b:8 m:8 var:8",
-        ),
-        id="batch-norm-ties-nothing",
-    ),
-    pytest.param(
-        "Reshape",
-        _shifted_outputs(shaping.reshape),
-        build(
-            "(float[N,3,4,4] x) => (float[N,4] y)",
-            "a = Conv(x, w1, b1)  f = Reshape(a, to)  y = MatMul(f, w2)",
-            "w1:8,3,3,3 b1:8 to=0,32 w2:32,4",
-        ),
-        id="reshape-is-off-by-one",
-    ),
-    pytest.param(
-        "Relu",
-        _reversed_outputs(elementwise.unary),
-        mlp(6, 8, 8, 4),
-        id="relu-reverses",
-    ),
-    pytest.param(
-        "Gather",
-        _reversed_outputs(indexing.gather),
-        build(
-            CONV,
-            "a = Conv(x, w1, b1)  h = Gather<axis=1>(a, index)  y = Conv(h, w2)",
-            f"{CONVS} index=7,1,5,0,3,2,6,4",
-        ),
-        id="gather-picks-others",
-    ),
-    pytest.param(
-        "ReduceMean",
-        _exact_everything(lambda node, c: RULES["", "ReduceMax"][0].rule(node, c)),
-        build(
-            CONV,
-            "a = Conv(x, w1, b1)  m = ReduceMean(a, axes)  h = Mul(a, m)  y = Conv(h, w2)",
-            f"{CONVS} axes=1",
-        ),
-        id="a-mean-over-channels-passes-for-exact",
-    ),
-]
-
-
-@pytest.mark.parametrize(("op_type", "broken", "model"), MUTATIONS)
-def test_a_broken_rule_never_gives_a_wrong_model(
-    monkeypatch: pytest.MonkeyPatch, op_type: str, broken: Rule, model: onnx.ModelProto
-) -> None:
-    before = prune(model, channels=0.5)
-    assert not before.report.notes
-    entries = [replace(e, rule=broken) for e in RULES["", op_type]]
-    monkeypatch.setitem(RULES, ("", op_type), entries)
-    _right_or_refused(model)
-
-
-def _right_or_refused(model: onnx.ModelProto) -> None:
-    """Either VerificationError, or a result that the rules as they should be agree with."""
-    try:
-        result = prune(model, channels=0.5)
-    except VerificationError as error:
-        assert str(error)
-        return
-    assert any("its pruning failed the check" in note for note in result.report.notes)
-    assert any(c.faulty for c in result.report.checks) or result.model is model
-    feeds = runtime.random_feeds(model, seed=0)
-    keep = _mask_of(result.plan.initializers, model)
-    assert verify.difference(outputs(result.model, feeds), outputs(keep, feeds)) <= TOLERANCE
-
-
-def _mask_of(slices: object, model: onnx.ModelProto) -> onnx.ModelProto:
-    """The original with zeros in all weight rows and columns that went: made without any rule."""
-    silent = onnx.ModelProto()
-    silent.CopyFrom(model)
-    for tensor in silent.graph.initializer:
-        for item in slices.values():  # type: ignore[attr-defined]
-            if item.source == tensor.name:
-                array = onnx.numpy_helper.to_array(tensor).copy()
-                for axis, kept in item.keep.items():
-                    gone = np.setdiff1d(np.arange(array.shape[int(axis)]), kept)
-                    np.moveaxis(array, int(axis), 0)[gone] = 0
-                tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-    return silent
-
-
-REWRITE_MODELS = {
-    "Reshape": build(
-        "(float[N,3,4,4] x) => (float[N,4] y)",
-        "a = Conv(x, w1, b1)  f = Reshape(a, to)  y = MatMul(f, w2)",
-        "w1:8,3,3,3 b1:8 to=0,32 w2:32,4",
-    ),
-    "Split": build(
-        CONV,
-        "a = Conv(x, w1, b1)  p, q = Split<axis=1>(a, parts)  h = Concat<axis=1>(q, p)"
-        "  y = Conv(h, w2)",
-        f"{CONVS} parts=3,5",
-    ),
-    "Slice": build(
-        CONV,
-        "a = Conv(x, w1, b1)  h = Slice(a, start, stop, axis)  y = Conv(h, w3)",
-        "w1:8,3,3,3 b1:8 start=2 stop=8 axis=1 w3:4,6,1,1",
-    ),
-    "Conv": build(
-        CONV,
-        "a = Conv(x, w1, b1)  h = Conv<group=8>(a, wd)  y = Conv(h, w2)",
-        f"{CONVS} wd:8,1,1,1",
-    ),
-}
-
-
-@pytest.mark.parametrize("op_type", REWRITE_MODELS)
-def test_a_missing_rewrite_never_gives_a_wrong_model(
-    monkeypatch: pytest.MonkeyPatch, op_type: str
-) -> None:
-    def forgetful(node: Node, rewriter: Rewriter) -> None:
-        return None
-
-    replacement: Rewrite = forgetful
-    monkeypatch.setitem(REWRITES, ("", op_type), replacement)
-    _right_or_refused(REWRITE_MODELS[op_type])
 
 
 def test_a_faulty_group_is_kept_and_the_others_are_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +30,7 @@ def test_a_faulty_group_is_kept_and_the_others_are_pruned(monkeypatch: pytest.Mo
         """a = MatMul(x, w1)  r = Relu(a)  b = MatMul(r, w2)  s = Tanh(b)  y = MatMul(s, w3)""",
         "w1:6,8 w2:8,8 w3:8,4",
     )
-    broken = [replace(e, rule=_reversed_outputs(elementwise.unary)) for e in RULES["", "Tanh"]]
+    broken = [replace(e, rule=reversed_outputs(elementwise.unary)) for e in RULES["", "Tanh"]]
     monkeypatch.setitem(RULES, ("", "Tanh"), broken)
     result = prune(model, channels=0.5)
     assert [s.source for s in result.plan.initializers.values()] == ["w1", "w2"]
@@ -252,7 +41,7 @@ def test_a_faulty_group_is_kept_and_the_others_are_pruned(monkeypatch: pytest.Mo
 
 
 def test_without_the_check_a_broken_rule_is_not_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = [replace(e, rule=_reversed_outputs(elementwise.unary)) for e in RULES["", "Relu"]]
+    broken = [replace(e, rule=reversed_outputs(elementwise.unary)) for e in RULES["", "Relu"]]
     monkeypatch.setitem(RULES, ("", "Relu"), broken)
     result = prune(mlp(6, 8, 4), channels=0.5, check=False)
     assert result.report.checks == ()

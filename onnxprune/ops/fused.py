@@ -23,7 +23,6 @@ from onnxprune.vendor_fused import operand_order
 
 rule("Gelu", "QuickGelu", "ScaledSiLU", domain=MICROSOFT)(unary)
 rule("BiasGelu", "FastGelu", "BiasAdd", "GatedAdd", domain=MICROSOFT)(broadcast)
-rule("SwiGLU")(broadcast)
 rule("LayerNormalization", "SimplifiedLayerNormalization", domain=MICROSOFT)(layer_norm)
 rule("SimplifiedLayerNormalization")(layer_norm)
 rule("FusedGemm", domain=MICROSOFT)(gemm)

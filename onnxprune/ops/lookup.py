@@ -83,17 +83,6 @@ def scatter_nd(node: Node, c: Interpreter) -> None:
     c.set(node, found)
 
 
-@rule("TensorScatter")
-def tensor_scatter(node: Node, c: Interpreter) -> None:
-    """cache[*D], update[*D'], start[N] -> y[*D], written along one axis"""
-    rank = len(c.dims(node, 0))
-    own = node.attr("axis", -2) % rank
-    for slot in (0, 1):
-        c.freeze(node, c.axis(node, slot, own), f"{node.title} writes it by number")
-        c.freeze(node, c.axis(node, slot, 0), f"batch axis of {node.title}")
-    c.set(node, {a: _common(node, c, a, 0, 1) for a in range(1, rank) if a != own})
-
-
 @rule("Compress")
 def compress(node: Node, c: Interpreter) -> None:
     """x[*D], condition[n] -> y[*D'], the indices of one axis where the condition holds"""
