@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune import io
+from onnxprune import io, wire
 from onnxprune.coupling import Coupling
 from onnxprune.labels import Labels
 from onnxprune.rewriting import Mask
@@ -168,12 +168,4 @@ def count_params(model: onnx.ModelProto) -> int:
 
 def size_bytes(model: onnx.ModelProto) -> int:
     """The size of the saved file, external data included."""
-    from google.protobuf.message import EncodeError
-
-    try:
-        size = model.ByteSize()
-        if size > 0:
-            return int(size)
-    except (EncodeError, ValueError):
-        pass
-    return sum(io.tensor_bytes(t) + 64 for t in io.tensors(model))
+    return wire.model_bytes(model)

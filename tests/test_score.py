@@ -155,3 +155,25 @@ def test_a_new_criterion_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> N
 def test_criteria_cannot_be_changed_from_outside() -> None:
     with pytest.raises(TypeError):
         criteria()["mine"] = None  # type: ignore[index]
+
+
+@pytest.mark.parametrize("block", [1, 50, 1 << 18])
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+@pytest.mark.parametrize("shape", [(7,), (6, 35), (5, 3, 4, 2), (1, 9, 1), (2, 2, 30)])
+def test_norms_over_every_axis(
+    shape: tuple[int, ...], kind: type, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "_BLOCK", block)
+    array = np.random.default_rng(0).normal(size=shape).astype(kind)
+    exact = array.astype(np.float64)
+    for axis in range(array.ndim):
+        rest = tuple(a for a in range(array.ndim) if a != axis)
+        member = Member(
+            np.moveaxis(array, axis, 0),
+            "w",
+            "makes",
+            None,
+            np.random.default_rng(0),  # type: ignore[arg-type]
+        )
+        for name, values in (("l2", exact**2), ("l1", np.abs(exact))):
+            np.testing.assert_allclose(criteria()[name](member), values.sum(rest), rtol=1e-5)
