@@ -20,7 +20,7 @@ from typing import Any
 import onnx
 
 import onnxprune
-from models import graphs
+from models import graphs, transformer
 from models.make import Recipe, train
 from onnxprune import io
 from onnxprune.data import Dataset, open_data
@@ -35,8 +35,10 @@ NETWORKS: dict[str, graphs.Builder] = {
     "mlp": graphs.fashion_mlp,
     "resnet": graphs.fashion_resnet,
     "vgg": graphs.fashion_vgg,
+    "vit": transformer.fashion_vit,
 }
 TRAINING: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.05, "batch_size": 128}
+TRAINING_OF: dict[str, dict[str, Any]] = {"vit": {"lr": 1.5e-3, "warmup": 0.1}}
 FINETUNING: dict[str, Any] = {
     "lr": 4e-3,
     "weight_decay": 0.01,
@@ -173,7 +175,8 @@ def _trained(path: Path, options: Options, outcome: Outcome) -> onnx.ModelProto:
     if path.exists() and times.exists():
         outcome.seconds_per_epoch["training"] = json.loads(times.read_text())
         return onnx.load(path)
-    recipe = Recipe(NETWORKS[options.model], options.seed, {"epochs": options.epochs, **TRAINING})
+    settings = {"epochs": options.epochs, **TRAINING, **TRAINING_OF.get(options.model, {})}
+    recipe = Recipe(NETWORKS[options.model], options.seed, settings)
     with progress() as listener:
         result = train(recipe, f"{options.data}:train", threads=options.threads, progress=listener)
     outcome.seconds_per_epoch["training"] = _seconds_per_epoch(result)
