@@ -13,6 +13,7 @@ from onnxprune.errors import TrainingError
 from onnxprune.training.client import Worker
 from onnxprune.training.draft import to_model
 from onnxprune.training.legalise import TrainingGraph
+from onnxprune.training.polish import polish
 from onnxprune.training.wire import Arrays, Header
 
 PROBE_STEPS = (1e-3, 3e-4, 1e-4, 3e-5, 5e-3)
@@ -40,8 +41,7 @@ class WorkerTrainer:
     ) -> None:
         self.names = sorted(graph.parameters)
         self._worker = worker
-        model = to_model(graph.draft)
-        arrays: Arrays = {"model": np.frombuffer(model.SerializeToString(), np.uint8)}
+        arrays: Arrays = {"gradient": self._gradient(graph)}
         arrays |= {"param:" + n: graph.parameters[n].value for n in self.names}
         arrays |= {"mask:" + n: m.astype(np.float32) for n, m in (masks or {}).items()}
         arrays |= {"buffer:" + n: a for n, a in graph.draft.buffers.items()}
@@ -58,6 +58,12 @@ class WorkerTrainer:
             threads=threads,
         )
         self._inputs = {i.name for i in graph.draft.inputs}
+
+    def _gradient(self, graph: TrainingGraph) -> NDArray[np.uint8]:
+        """The gradient graph, as bytes [B]."""
+        model = np.frombuffer(to_model(graph.draft).SerializeToString(), np.uint8)
+        _, arrays = self._worker.call("differentiate", {"model": model}, trained=self.names)
+        return np.frombuffer(polish(arrays["gradient"].tobytes()), np.uint8)
 
     def grads(self, batch: Mapping[str, NDArray[Any]]) -> tuple[float, dict[str, NDArray[Any]]]:
         """Loss of a batch, and the gradient of every trained parameter; nothing is updated."""

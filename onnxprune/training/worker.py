@@ -38,7 +38,7 @@ class Engine:
         self.buffers = {n: arrays["buffer:" + n] for n in head.get("buffers", {})}
         self.buffer_outputs: dict[str, str] = head.get("buffers", {})
         self.optimizer = _optimizer(head["optimizer"], size)
-        self.session = _session(arrays["model"].tobytes(), list(self.layout), head["threads"])
+        self.session = _session(arrays["gradient"].tobytes(), head["threads"])
         self.clip = float(head.get("clip") or 0.0)
 
     def _set_masks(self, names: list[str], arrays: wire.Arrays, size: int) -> None:
@@ -175,25 +175,32 @@ def _optimizer(options: dict[str, Any], size: int) -> Any:
     return kind(size, **arguments)
 
 
-def _session(model: bytes, trained: list[str], threads: int) -> Any:
-    """Build the gradient graph of `loss` and load it."""
+def _session(gradient: bytes, threads: int) -> Any:
+    """A session of a gradient graph."""
+    import onnxruntime
+
+    options = _options()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # threads that wait for work would burn cores that the caller (the teacher) can use
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(gradient, options, ["CPUExecutionProvider"])
+
+
+def _options() -> Any:
     import onnxruntime
 
     onnxruntime.set_default_logger_severity(3)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # threads that wait for work would burn cores that the caller (the teacher) can use
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    gradient = _gradient_graph(model, set(trained), options)
-    return onnxruntime.InferenceSession(gradient, options, ["CPUExecutionProvider"])
+    return options
 
 
-def _gradient_graph(model: bytes, trained: set[str], options: Any) -> bytes:
-    """The gradient graph of the optimized model, or of the model where that fails."""
+def differentiate(model: bytes, trained: set[str]) -> bytes:
+    """The gradient graph of `loss`: of the optimized model, or of the model where that fails."""
     from onnxruntime.capi import _pybind_state as binding
 
+    options = _options()
     try:
         return _built(binding.get_optimized_model(model, trained, options), trained, options)
     except Exception:  # of several types, for graphs that are right
@@ -235,6 +242,9 @@ class Server:
         op = head["op"]
         if op == "hello":
             return _about(), {}
+        if op == "differentiate":
+            gradient = differentiate(arrays["model"].tobytes(), set(head["trained"]))
+            return {}, {"gradient": np.frombuffer(gradient, np.uint8)}
         if op == "build":
             self.engine = None
             self.engine = Engine(head, arrays)
