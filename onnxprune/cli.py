@@ -106,6 +106,16 @@ RoundTo = Annotated[
 MinKeep = Annotated[
     float, typer.Option(help="Share of each layer that always stays.", rich_help_panel=CHOICE)
 ]
+LosslessOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--lossless/--no-lossless",
+        help="Remove what has no effect: dead and repeated channels, idle layers. Needs no budget; "
+        "before a budget it happens anyway, unless switched off.",
+        rich_help_panel=CHOICE,
+        show_default=False,
+    ),
+]
 Keep = Annotated[
     list[str] | None,
     typer.Option(
@@ -205,6 +215,7 @@ def prune(
     val: Val = None,
     finetune: Finetune = 0,
     max_drop: MaxDrop = None,
+    lossless: LosslessOption = None,
     plan: PlanOut = None,
     report: ReportOut = None,
     no_check: NoCheck = False,
@@ -239,6 +250,7 @@ def prune(
             val=val,
             finetune=finetune,
             max_drop=max_drop,
+            lossless=lossless,
             check=not no_check,
             seed=seed,
             threads=threads,

@@ -30,6 +30,7 @@ from onnxprune.errors import (
 from onnxprune.groups import Group, matching_units
 from onnxprune.options import Options, Verified
 from onnxprune.plan import Plan, PlannedGroup, fingerprint
+from onnxprune.preparation import replay_lossless, scaled, without_dead
 from onnxprune.progress import Progress, Silent
 from onnxprune.rebuild import rebuild
 from onnxprune.reporting import make_report
@@ -86,6 +87,7 @@ def prune(
     val: Any = None,
     finetune: int = 0,
     max_drop: float | None = None,
+    lossless: bool | None = None,
     check: bool = True,
     seed: int = 0,
     threads: int | None = None,
@@ -109,6 +111,8 @@ def prune(
         val: held-out data that the metrics are measured on; default `data`.
         finetune: epochs of fine-tuning, with the original model as teacher.
         max_drop: the largest loss of the task's metric, in points (1 is 0.01).
+        lossless: True needs no budget and then only removes what provably does not matter; before
+            a budget that happens as well, where it can be checked; False leaves it out.
         check: False leaves out the comparison with the masked twin.
         threads: threads of every session; None leaves it to ONNX Runtime.
 
@@ -119,7 +123,7 @@ def prune(
     """
     from onnxprune.passes.select import Limits
 
-    budget = _budget(channels=channels, macs=macs, params=params, size_mb=size_mb)
+    budget = _budget(lossless, channels=channels, macs=macs, params=params, size_mb=size_mb)
     _check_ranges(min_keep, round_to, scope, finetune, data)
     _check_ranking(ranking)
     options = Options(
@@ -138,18 +142,28 @@ def prune(
         original = io.load(model)
         train, held_out = _open(data, original), _open(val if val is not None else data, original)
     with clock.stage("analyse", listener):
-        analysis = analyse(original)
-        _check_prunable(analysis)
-    with clock.stage("prune", listener):
+        whole = analyse(original)
+        _check_prunable(whole)
         feeds = _feeds(original, train, seed, threads)
-        verified = _prune_verified(analysis, options, feeds)
-    plan = _plan(analysis, verified, options)
+        analysis, first = without_dead(whole, lossless, feeds, options)
+    with clock.stage("prune", listener):
+        if budget.kind == "lossless":
+            train, verified = None, first
+        else:
+            options = replace(options, budget=scaled(budget, whole, analysis))
+            verified = _prune_verified(analysis, options, feeds)
+            verified = replace(verified, notes=(*first.notes, *verified.notes))
+    plan = _plan(analysis, verified, replace(options, budget=budget))
+    plan = replace(plan, model=fingerprint(original), lossless=analysis is not whole)
     with clock.stage("rebuild", listener):
         rebuilt, metrics, steps = rebuild(
             original, verified.applied.model, train, held_out, options, listener
         )
     with clock.stage("check", listener):
-        report = make_report(analysis, verified, rebuilt, held_out, options, feeds, metrics, steps)
+        options = replace(options, budget=budget)
+        report = make_report(
+            analysis, verified, rebuilt, held_out, options, feeds, metrics, steps, whole
+        )
     return Result(rebuilt, plan, replace(report, seconds=dict(clock.seconds)))
 
 
@@ -172,10 +186,10 @@ def apply(model: Source, plan: Plan) -> onnx.ModelProto:
             "the plan was made for another model "
             f"({plan.model.get('name')!r}, {plan.model.get('nodes')} nodes)"
         )
-    analysis = analyse(original)
+    analysis = replay_lossless(original) if plan.lossless else analyse(original)
     keep = _planned_keep(analysis.groups, plan, analysis.everything)
     if keep.all():
-        return original
+        return analysis.model
     applied = apply_keep(analysis.coupling, keep)
     if dict(applied.slices) != dict(plan.initializers):
         raise InvalidRecipeError(
@@ -235,10 +249,12 @@ def check(
 # -- stages ----------------------------------------------------------------------------------------
 
 
-def _budget(**asked: float | None) -> Any:
+def _budget(lossless: bool | None, **asked: float | None) -> Any:
     from onnxprune.passes.select import Budget, BudgetKind
 
     given = {k.replace("_", "-"): v for k, v in asked.items() if v is not None}
+    if lossless and not given:
+        return Budget("lossless", 1.0)
     if len(given) != 1:
         names = ", ".join(k.replace("_", "-") for k in asked)
         raise InvalidRecipeError(f"give exactly one budget of {names}; got {len(given)}")

@@ -51,6 +51,7 @@ class Plan:
     """What is removed. `model` identifies the input by its structure; weights may differ.
 
     `options` are those that the choice was made with.
+    `lossless`: what does not matter goes first, and the rest is in terms of what that leaves.
     """
 
     model: Mapping[str, Any]
@@ -58,6 +59,7 @@ class Plan:
     groups: tuple[PlannedGroup, ...]
     frozen: tuple[FrozenAxis, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    lossless: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
@@ -98,6 +100,7 @@ class Plan:
                     for f in data["frozen"]
                 ),
                 options=dict(data.get("options", {})),
+                lossless=bool(data.get("lossless", False)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"field {error} is missing" if isinstance(error, KeyError) else str(error)

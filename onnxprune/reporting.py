@@ -11,7 +11,7 @@ import onnx
 from onnxprune.analysis import Analysis, layer_rows, measured_cost
 from onnxprune.options import Options, Verified
 from onnxprune.rebuild import measure
-from onnxprune.result import CheckReport, Cost, Report
+from onnxprune.result import CheckReport, Cost, LayerRow, Report
 from onnxprune.rewriting import Mask
 from onnxprune.verify import Feeds, structure_problems
 
@@ -28,12 +28,16 @@ def make_report(
     feeds: Sequence[Feeds],
     new: Mapping[str, float],
     steps: Sequence[Mapping[str, Any]],
+    whole: Analysis,
 ) -> Report:
-    """Everything measured; `new` are the rebuilt model's metrics, `steps` those on the way."""
+    """Everything measured; `new` are the rebuilt model's metrics, `steps` those on the way.
+
+    `whole` is the analysis of the original, `analysis` that of what `verified` chose from.
+    """
     from onnxprune.passes.select import default_ranking
 
-    original, keep = analysis.model, verified.keep
-    before = measured_cost(analysis, original, analysis.everything)
+    original, keep = whole.model, verified.keep
+    before = measured_cost(whole, original, whole.everything)
     after = measured_cost(analysis, rebuilt, keep)
     checks = [c for c in (verified.report,) if c is not None]
     old = measure(original, held_out, None, options.threads)
@@ -44,11 +48,11 @@ def make_report(
     return Report(
         before=replace(before, metrics=old),
         after=replace(after, metrics=new),
-        layers=layer_rows(analysis, keep),
+        layers=_layers(whole, analysis, keep),
         budget={
             "kind": target.kind,
             "target": target.value,
-            "reached": _reached(analysis, keep, options),
+            "reached": _reached(whole, analysis, keep, options),
         },
         options={
             "scope": options.limits.scope,
@@ -68,13 +72,29 @@ def make_report(
     )
 
 
-def _reached(analysis: Analysis, keep: Mask, options: Options) -> float:
-    whole = analysis.everything
-    cost = analysis.cost
+def _layers(whole: Analysis, analysis: Analysis, keep: Mask) -> tuple[LayerRow, ...]:
+    """The layers that are left, with what they were in the original."""
+    rows = layer_rows(analysis, keep)
+    if whole is analysis:
+        return rows
+    before = {row.name: row for row in layer_rows(whole, whole.everything)}
+    return tuple(
+        replace(
+            row,
+            shape_before=(old := before.get(row.name, row)).shape_before,
+            params_before=old.params_before,
+            macs_before=old.macs_before,
+        )
+        for row in rows
+    )
+
+
+def _reached(whole: Analysis, analysis: Analysis, keep: Mask, options: Options) -> float:
+    cost, full = analysis.cost, whole.cost
     if options.budget.kind == "macs":
-        return cost.macs(keep) / max(cost.macs(whole), 1.0)
+        return cost.macs(keep) / max(full.macs(whole.everything), 1.0)
     if options.budget.kind == "params":
-        return cost.params(keep) / max(cost.params(whole), 1.0)
+        return cost.params(keep) / max(full.params(whole.everything), 1.0)
     if options.budget.kind == "size-mb":
         return cost.size_mb(keep)
     left = sum(int(keep[g.units].sum()) * g.width for g in analysis.groups)

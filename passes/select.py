@@ -30,7 +30,7 @@ from onnxprune.rewriting import Mask
 Scores = NDArray[np.float64]
 #: How much a layer's cost counts against its importance: 0 not at all, 1 in full.
 PRICE_POWER = 0.15
-BudgetKind = Literal["channels", "macs", "params", "size-mb"]
+BudgetKind = Literal["channels", "macs", "params", "size-mb", "lossless"]
 Ranking = Literal["global", "isomorphic", "uniform"]
 RANKINGS: tuple[Ranking, ...] = ("global", "isomorphic", "uniform")
 NONE: Units = np.zeros(0, np.int32)

@@ -16,7 +16,7 @@ from onnxprune.errors import VerificationError
 from onnxprune.passes import lossless
 from onnxprune.passes.apply import apply_keep
 from onnxprune.passes.lossless import Lossless, LosslessResult
-from tests.graphs import build, outputs, shapes, weight
+from tests.graphs import build, outputs, prune, shapes, weight
 from tests.masks import chosen, mask_producers, mask_readers
 
 IMAGE = "(float[N,3,8,8] x) => (float[N,4,?,?] y)"
@@ -267,3 +267,50 @@ def test_zero_weights_stay_where_a_mean_over_channels_counts_them() -> None:
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(array, "w1"))
     result = Lossless(threads=1)(model)
     assert shapes(result.model)["w1"] == (8, 3, 3, 3)
+
+
+def test_pipeline_removes_without_a_budget_and_replays(root: Path) -> None:
+    from onnxprune import pipeline
+    from onnxprune.plan import Plan
+
+    model = io.load(root / "models" / "digits_mlp.onnx")
+    masked, count = mask_producers(model, 0.3)
+    result = prune(masked, lossless=True)
+    assert result.report.notes == (f"removed without loss: {count} channels and 0 layers",)
+    assert result.report.budget["kind"] == "lossless"
+    assert result.report.checks[0].reference == "the original model"
+    assert result.report.after.params < result.report.before.params == 18_986
+    plan = Plan.from_json(result.plan.to_json())
+    assert plan.lossless
+    again = pipeline.apply(masked, plan)
+    assert again.SerializeToString() == result.model.SerializeToString()
+
+
+def test_a_budget_counts_what_went_before(root: Path) -> None:
+    from onnxprune import pipeline
+
+    model = io.load(root / "models" / "digits_mlp.onnx")
+    masked, _ = mask_producers(model, 0.3)
+    result = prune(masked, params=0.4)
+    assert 0.35 < result.report.after.params / result.report.before.params <= 0.4
+    assert result.report.layers[0].shape_before == (128, 64)
+    again = pipeline.apply(masked, result.plan)
+    assert again.SerializeToString() == result.model.SerializeToString()
+    plain = prune(masked, params=0.4, lossless=False)
+    assert not plain.plan.lossless
+
+
+def test_a_failure_beforehand_is_a_note_unless_asked_for(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = mask_producers(io.load(root / "models" / "digits_mlp.onnx"), 0.3)
+    monkeypatch.setattr(lossless, "compare", lambda *_: (1.0, 1e-5))
+    result = prune(model, params=0.5)
+    assert result.report.notes[0].startswith("nothing was removed beforehand: lossless: outputs")
+    with pytest.raises(VerificationError, match="outputs differ by 1"):
+        prune(model, lossless=True)
+
+
+def test_nothing_to_remove_is_said(root: Path) -> None:
+    result = prune(io.load(root / "models" / "digits_mlp.onnx"), lossless=True)
+    assert result.report.notes == ("no channel and no layer is without effect",)
