@@ -157,8 +157,11 @@ def find_facts(graph: Graph, shapes: Shapes) -> Facts:
         names = [*node.inputs, *node.outputs]
         if rule is None or any(n and shapes.dims(n) is None for n in names):
             continue
-        with np.errstate(all="ignore"):
-            found = rule(node, facts)
+        try:
+            with np.errstate(all="ignore"):
+                found = rule(node, facts)
+        except (ValueError, IndexError):  # shapes that do not agree: a runtime would refuse them
+            continue
         several = [found] if found is None or isinstance(found, Fact) else found
         for name, fact in zip(node.outputs, several, strict=False):
             if name and fact is not None and shapes.types.get(name) in FLOATS:

@@ -62,6 +62,19 @@ class Lossless:
         Raises:
             VerificationError: The result differs from the model, on random inputs or `feeds`.
         """
+        try:
+            small, channels, layers = self._shrunk(model)
+            if small is model:
+                return LosslessResult(model, 0, 0, 0.0, TOLERANCE)
+            error, tolerance = (0.0, TOLERANCE)
+            if self.check:
+                error, tolerance = self._checked(model, small, feeds)
+        except (ValueError, IndexError, KeyError, AssertionError) as failure:
+            raise VerificationError(f"lossless: {failure}; please report this model") from failure
+        return LosslessResult(small, channels, layers, error, tolerance)
+
+    def _shrunk(self, model: onnx.ModelProto) -> tuple[onnx.ModelProto, int, int]:
+        """The model without what can go, and how many channels and layers went."""
         small, channels, layers = model, 0, 0
         for _ in range(MAX_ROUNDS):
             small, nodes = _simplified(small)
@@ -69,10 +82,7 @@ class Lossless:
             layers, channels = layers + nodes, channels + units
             if not units:
                 break
-        if small is model:
-            return LosslessResult(model, 0, 0, 0.0, TOLERANCE)
-        error, tolerance = self._checked(model, small, feeds) if self.check else (0.0, TOLERANCE)
-        return LosslessResult(small, channels, layers, error, tolerance)
+        return small, channels, layers
 
     def _checked(
         self, model: onnx.ModelProto, small: onnx.ModelProto, feeds: Sequence[Feeds]
