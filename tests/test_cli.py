@@ -255,6 +255,7 @@ class TestPrune:
             "criterion": "fpgm",
             "round_to": 8,
             "min_keep": 0.2,
+            "ranking": None,
             "keep": ("stem*", "head*"),
             "data": "d.npz",
             "val": "v.npz",
