@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from onnxprune.bodies import separate_bodies
-from onnxprune.cost import CostModel, cost_model, count_params, size_bytes
+from onnxprune.cost import WEIGHT_TYPES, CostModel, cost_model, count_params, size_bytes
 from onnxprune.coupling import Coupling, couple
 from onnxprune.graph import Graph, Node
 from onnxprune.groups import Group, find_groups
@@ -101,7 +101,7 @@ def frozen_axes(analysis: Analysis) -> tuple[FrozenRow, ...]:
     rows = []
     for name, uses in coupling.constants.items():
         constant = coupling.graph.constants[name]
-        if constant.is_vector or not constant.is_float:
+        if constant.is_vector or constant.dtype not in WEIGHT_TYPES:
             continue
         (index, _), layout = next(iter(uses.items()))
         for block in layout:

@@ -15,11 +15,21 @@ from onnxprune.coupling import Coupling
 from onnxprune.labels import Labels
 from onnxprune.rewriting import Mask
 
-#: Element types that hold weights.
-WEIGHT_TYPES = frozenset(
-    getattr(onnx.TensorProto, n)
-    for n in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE", "INT8", "UINT8", "INT4", "UINT4")
-)
+#: Element types that hold weights, by the bits of an element; those that this onnx knows.
+_BITS = {
+    getattr(onnx.TensorProto, name): bits
+    for bits, names in {
+        64: "DOUBLE",
+        32: "FLOAT",
+        16: "FLOAT16 BFLOAT16 INT16 UINT16",
+        8: "INT8 UINT8 FLOAT8E4M3FN FLOAT8E4M3FNUZ FLOAT8E5M2 FLOAT8E5M2FNUZ",
+        4: "INT4 UINT4 FLOAT4E2M1",
+        2: "INT2 UINT2",
+    }.items()
+    for name in names.split()
+    if hasattr(onnx.TensorProto, name)
+}
+WEIGHT_TYPES = frozenset(_BITS)
 
 
 @dataclass(frozen=True)
@@ -155,13 +165,11 @@ def samples_per_run(coupling: Coupling) -> int:
 
 
 def _bytes(tensor: onnx.TensorProto, size: int) -> float:
-    itemsize = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    half = tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
-    return size * (0.5 if half else itemsize)
+    return size * _BITS[tensor.data_type] / 8
 
 
 def count_params(model: onnx.ModelProto) -> int:
-    """The number of weights in a model: elements of float and 8- and 4-bit tensors."""
+    """The number of weights in a model: elements of float and 16- to 2-bit tensors."""
     found = (t for t in io.tensors(model) if t.data_type in WEIGHT_TYPES)
     return sum(math.prod(tensor.dims) for tensor in found)
 

@@ -7,7 +7,7 @@ indices over all tensors that are removed together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
@@ -21,6 +21,8 @@ from onnxprune.shapes import Dims, Shapes
 
 Array = NDArray[Any]
 Use = tuple[int, int]
+#: From a weight as it is stored to the numbers that it stands for; labelled axes stay in place.
+Decoder = Callable[[Array], Array]
 #: Labels that a shape value's elements depend on, one tuple per element.
 Lengths = tuple[tuple[Labels, ...], ...]
 
@@ -40,12 +42,16 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Contraction:
-    """Input `slot` of node `node` is summed over `axis`: zeros there equal removal there."""
+    """Input `slot` of node `node` is summed over `axis`: zeros there equal removal there.
+
+    `zero` is the input slot of the zero point of a quantized input, -1 where a zero is 0.
+    """
 
     node: int
     slot: int
     axis: int
     labels: Labels
+    zero: int = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +86,10 @@ class Origin:
     labels: Labels
     chain: tuple[int, ...]
 
+    def through(self, node: Node) -> Origin:
+        """The same origin, one node further."""
+        return Origin(self.tensor, self.axis, self.labels, (*self.chain, node.index))
+
 
 @dataclass(frozen=True)
 class Coupling:
@@ -103,6 +113,7 @@ class Coupling:
     keepers: tuple[Labels, ...]
     interpreted: frozenset[int]
     taken: Mapping[int, Body]
+    decoders: Mapping[str, Decoder]
 
 
 @dataclass
@@ -125,6 +136,7 @@ class Interpreter:
     settled: dict[int, tuple[Block, dict[int, Labels]]] = field(default_factory=dict)
     notes: dict[int, Labels] = field(default_factory=dict)
     keepers: list[Labels] = field(default_factory=list)
+    decoders: dict[str, Decoder] = field(default_factory=dict)
     interpreted: set[int] = field(default_factory=set)
     taken: dict[int, Body] = field(default_factory=dict)
     static: set[str] = field(default_factory=set)
@@ -273,12 +285,12 @@ class Interpreter:
         if labels is not None:
             self.system.prefer(labels)
 
-    def contract(self, node: Node, slot: int, axis: int) -> Labels | None:
-        """Input `slot` is summed over `axis`."""
+    def contract(self, node: Node, slot: int, axis: int, zero: int = -1) -> Labels | None:
+        """Input `slot` is summed over `axis`; input `zero` holds what counts as zero there."""
         labels = self.axis(node, slot, axis)
         if labels is not None:
             dims = self.dims(node, slot)
-            self.contractions.append(Contraction(node.index, slot, axis % len(dims), labels))
+            self.contractions.append(Contraction(node.index, slot, axis % len(dims), labels, zero))
         return labels
 
     def layer(self, node: Node, weight: int, macs: float, *axes: Labels | None) -> None:
@@ -295,6 +307,12 @@ class Interpreter:
         """At least one of these labels has to survive, or an empty tensor would arise."""
         if labels is not None:
             self.keepers.append(labels)
+
+    def decode(self, node: Node, slot: int, decoder: Decoder) -> None:
+        """The weight in input `slot` is quantized: how importance is to read it."""
+        constant = self.constant(node, slot)
+        if constant is not None:
+            self.decoders.setdefault(constant.name, decoder)
 
     def keep_labels(self, node: Node, labels: Labels) -> None:
         """Hand labels to the node's rewrite."""
@@ -340,6 +358,13 @@ class Interpreter:
                 single += [Block((a,), v) for a, v in self.settle(block, node).items()]
         return tuple(single)
 
+    def carried(self, node: Node, layout: Layout) -> Layout:
+        """The layout behind a node that treats all elements alike."""
+        return tuple(
+            b if b.origin is None else Block(b.axes, b.labels, b.origin.through(node))
+            for b in layout
+        )
+
     def freeze_input(self, node: Node, slot: int, words: str) -> None:
         """Nothing of input `slot` may be removed."""
         for block in self.layout(node, slot):
@@ -381,6 +406,7 @@ def couple(graph: Graph, shapes: Shapes, *, granularity: str = "head") -> Coupli
         keepers=tuple(state.keepers),
         interpreted=frozenset(state.interpreted),
         taken=state.taken,
+        decoders=state.decoders,
     )
 
 

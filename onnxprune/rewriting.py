@@ -34,6 +34,7 @@ class Edits:
     operands: dict[tuple[int, int], Array] = field(default_factory=dict)
     overrides: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)
     gathers: dict[int, tuple[str, int, Array]] = field(default_factory=dict)
+    bypassed: set[int] = field(default_factory=set)
     reshapes: dict[int, tuple[str, Array]] = field(default_factory=dict)
 
 
@@ -135,6 +136,10 @@ class Rewriter:
             return np.asarray(place[index])
         return np.asarray(place[index][mask[index]])
 
+    def node(self, index: int) -> Node:
+        """The node at this position."""
+        return self.coupling.graph.nodes[index]
+
     def shuffle(self, node: Node) -> Shuffle | None:
         """The shuffle that ends in this node."""
         return self._shuffles.get(node.outputs[0])
@@ -181,6 +186,10 @@ class Rewriter:
         if target.count(-1) > 1:
             self.fail(node, "a reshape with several free lengths")
         self.edits.reshapes[node.index] = (node.inputs[0], np.array(target, np.int64))
+
+    def bypass(self, *nodes: Node) -> None:
+        """These nodes become Identity."""
+        self.edits.bypassed.update(node.index for node in nodes)
 
     def fail(self, node: Node, words: str) -> None:
         """The pruned model cannot be expressed: the caller keeps the units concerned."""

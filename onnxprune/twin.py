@@ -15,15 +15,24 @@ from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxprune.coupling import Coupling
 from onnxprune.graph import Node
 from onnxprune.labels import Labels, Layout
+from onnxprune.ops import REWRITES
 from onnxprune.protos import bodies
 from onnxprune.rewriting import Mask, Rewriter
 
+Array = NDArray[Any]
 Cuts = dict[int, Mask]
+#: Integers that quantized activations are made of.
+_SMALL = frozenset((TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT16, TensorProto.INT16))
+#: What ONNX Runtime's Where selects from.
+_SELECTABLE = frozenset(
+    getattr(TensorProto, n) for n in ("FLOAT", "FLOAT16", "DOUBLE", "INT32", "INT64", "UINT8")
+)
 
 
 @dataclass
@@ -32,6 +41,7 @@ class _Twin:
     rewriter: Rewriter
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     tensors: list[onnx.TensorProto] = field(default_factory=list)
+    zeros: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def constant(self, name: str, value: np.ndarray) -> str:
         self.tensors.append(numpy_helper.from_array(value, name))
@@ -50,6 +60,7 @@ def masked_twin(coupling: Coupling, keep: Mask) -> onnx.ModelProto:
         mask = twin.rewriter.mask(c.labels)
         if not mask.all():
             masks.setdefault((c.node, c.slot), {})[c.axis] = mask
+            twin.zeros[c.node, c.slot] = c.zero
     compact = {s.node for s in coupling.statistics if not twin.rewriter.mask(s.labels).all()}
     return _model(twin, _emit(twin, coupling.graph.top, masks, compact))
 
@@ -69,24 +80,67 @@ def _emit(
             _compact(twin, node, copy)
             continue
         for slot in range(len(node.inputs)):
-            if (node.index, slot) in masks:
-                copy.input[slot] = _masked(twin, node, slot, masks[node.index, slot])
+            use = (node.index, slot)
+            if use in masks:
+                copy.input[slot] = _masked(twin, node, slot, masks[use], twin.zeros[use])
         twin.nodes.append(copy)
     made, twin.nodes = twin.nodes, outer
     return made
 
 
-def _masked(twin: _Twin, node: Node, slot: int, masks: Cuts) -> str:
-    """input * mask, for the masks of all contracted axes of one input."""
+def _masked(twin: _Twin, node: Node, slot: int, masks: Cuts, zero: int) -> str:
+    """Input `slot` with zeros wherever one of its contracted axes is removed.
+
+    What was dequantized just before is set to its zero point and dequantized anew: ONNX Runtime
+    then computes in integers where it does so in the pruned model.
+    """
     source = node.inputs[slot]
     rank = len(twin.rewriter.dims(node, slot))
-    kind = twin.coupling.shapes.types.get(source, TensorProto.FLOAT)
-    whole = np.ones((1,) * rank, bool)
+    kept = np.ones((1,) * rank, bool)
     for axis, mask in masks.items():
-        whole = whole & mask.reshape([-1 if a == axis else 1 for a in range(rank)])
+        kept = kept & mask.reshape([-1 if a == axis else 1 for a in range(rank)])
     name = f"{node.index}.{slot}.masked"
-    values = whole.astype(helper.tensor_dtype_to_np_dtype(kind))
-    return twin.node("Mul", [source, twin.constant(f"{name}.mask", values)], name)
+    before = twin.coupling.graph.producer.get(source)
+    if zero < 0 and before is not None and _steps_from_integers(twin, before):
+        inner = _zeroed(twin, before.inputs[0], kept, before.input(2), f"{name}.quantized")
+        again = onnx.NodeProto()
+        again.CopyFrom(before.proto)
+        again.name, again.input[0], again.output[0] = name, inner, name
+        twin.nodes.append(again)
+        return name
+    return _zeroed(twin, source, kept, node.input(zero) if zero >= 0 else "", name)
+
+
+def _steps_from_integers(twin: _Twin, node: Node) -> bool:
+    """Whether `node` dequantizes 8- or 16-bit integers with one zero point."""
+    shapes = twin.coupling.shapes
+    return (
+        node.op_type == "DequantizeLinear"
+        and shapes.types.get(node.inputs[0]) in _SMALL
+        and all(n == 1 for n in shapes.dims(node.input(2)) or ())
+    )
+
+
+def _zeroed(twin: _Twin, source: str, kept: Array, zero: str, name: str) -> str:
+    """`source` where `kept`, elsewhere its zero point: 0 where `zero` is no tensor."""
+    kind = twin.coupling.shapes.types.get(source, TensorProto.FLOAT)
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    selects = kind in _SELECTABLE and twin.coupling.graph.opset >= 9
+    if not selects and kind not in _SMALL:
+        return twin.node("Mul", [source, twin.constant(f"{name}.mask", kept.astype(dtype))], name)
+    mask = twin.constant(f"{name}.mask", kept)
+    fill = zero or twin.constant(f"{name}.zero", np.zeros((), dtype))
+    if len(twin.coupling.shapes.dims(zero) or ()) == 1:  # one, or one for each row of a matrix
+        shape = twin.constant(f"{name}.shape", np.array([-1, 1] if kept.ndim > 1 else [-1]))
+        fill = twin.node("Reshape", [zero, shape], f"{name}.fill")
+    if selects:
+        return twin.node("Where", [mask, source, fill], name)
+    wide = [
+        twin.node("Cast", [x], f"{name}.{i}", to=TensorProto.INT32)
+        for i, x in enumerate((source, fill))
+    ]
+    twin.node("Where", [mask, *wide], f"{name}.wide")
+    return twin.node("Cast", [f"{name}.wide"], name, to=kind)
 
 
 def _compact(twin: _Twin, node: Node, copy: onnx.NodeProto) -> None:
@@ -98,6 +152,7 @@ def _compact(twin: _Twin, node: Node, copy: onnx.NodeProto) -> None:
                 name = f"{node.index}.{slot}.{axis}.compact"
                 twin.node("Gather", [copy.input[slot], index], name, axis=axis)
                 copy.input[slot] = name
+    _fit_attributes(twin, node, copy)
     twin.nodes.append(copy)
     for i, name in enumerate(node.outputs):
         cuts = _cuts(twin, twin.coupling.layouts.get(name, ()))
@@ -106,6 +161,18 @@ def _compact(twin: _Twin, node: Node, copy: onnx.NodeProto) -> None:
             for axis, mask in cuts[:-1]:
                 inner = _spread(twin, node, inner, f"{inner}.{axis}", axis, mask, i)
             _spread(twin, node, inner, name, *cuts[-1], i)
+
+
+def _fit_attributes(twin: _Twin, node: Node, copy: onnx.NodeProto) -> None:
+    """Attributes that count what is cut (hidden_size) follow the cut operands."""
+    rewrite = REWRITES.get((node.domain, node.op_type))
+    if rewrite is None:
+        return
+    rewrite(node, twin.rewriter)
+    for name, value in twin.rewriter.edits.attributes.get(node.index, {}).items():
+        rest = [a for a in copy.attribute if a.name != name]
+        del copy.attribute[:]
+        copy.attribute.extend([*rest, helper.make_attribute(name, value)])
 
 
 def _cuts(twin: _Twin, layout: Layout) -> list[tuple[int, Mask]]:

@@ -113,17 +113,6 @@ def quantized_pool(node: Node, inputs: Inputs) -> Outputs:
     return [((*dims[:2], *space), kind)]
 
 
-@shape_rule("QLinearReduceMean")
-def quantized_mean(node: Node, inputs: Inputs) -> Outputs:
-    """x[*D], ... -> y[*D without axes]"""
-    dims, kind = inputs[0]
-    axes = {a % len(dims) for a in node.attr("axes", range(len(dims)))}
-    keep = node.attr("keepdims", 1)
-    return [
-        (tuple(1 if a in axes else n for a, n in enumerate(dims) if keep or a not in axes), kind)
-    ]
-
-
 @shape_rule("QGemm")
 def quantized_gemm(node: Node, inputs: Inputs) -> Outputs:
     """a[M, K], scale, zero point, b[K, N], scale, zero point, bias, scale, zero point -> y[M, N]"""

@@ -187,6 +187,10 @@ def _write_nodes(
         if node.index in edits.gathers:
             graph.node.append(_gather(state, node.index, *edits.gathers[node.index]))
             continue
+        if node.index in edits.bypassed:
+            names = [node.inputs[0]], [node.outputs[0]]
+            graph.node.append(helper.make_node("Identity", *names, name=node.proto.name))
+            continue
         if node.index in edits.reshapes:
             graph.node.append(_reshape(state, node.index, *edits.reshapes[node.index]))
             continue

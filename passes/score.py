@@ -181,7 +181,8 @@ def _members(
     makers = {id(labels) for _, labels in coupling.products}
     for name, uses in coupling.constants.items():
         constant = coupling.graph.constants[name]
-        if not constant.is_float:
+        decode = coupling.decoders.get(name)
+        if not constant.is_float and decode is None:
             continue
         free = {use: [b for b in layout if (b.labels > 0).any()] for use, layout in uses.items()}
         chosen = list(free.items()) if constant.is_vector else list(free.items())[:1]
@@ -189,7 +190,8 @@ def _members(
         for (index, _), blocks in chosen:
             node = coupling.graph.nodes[index]
             for block in blocks:
-                array = constant.array() if array is None else array
+                if array is None:
+                    array = constant.array() if decode is None else decode(constant.array())
                 makes: Role = "makes" if id(block.labels) in makers else "reads"
                 role: Role = "scales" if constant.is_vector else makes
                 values = rule(Member(np.moveaxis(array, block.axes[0], 0), name, role, node, rng))

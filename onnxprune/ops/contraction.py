@@ -17,14 +17,20 @@ from onnxprune.rewriting import Rewriter
 @rule("Conv")
 def conv(node: Node, c: Interpreter) -> None:
     """x[N, C, *S], W[M, C/g, *K], b[M] -> y[N, M, *S']"""
+    convolve(node, c, weight=1, bias=2)
+
+
+def convolve(node: Node, c: Interpreter, *, weight: int, bias: int, zero: int = -1) -> None:
+    """A convolution with its operands in these input slots, -1 for none; `zero`: x's zero point."""
     groups = node.attr("group", 1)
-    out, inner = c.axis(node, 1, 0), c.axis(node, 1, 1)
-    x = c.contract(node, 0, 1)
+    out, inner = c.axis(node, weight, 0), c.axis(node, weight, 1)
+    x = c.contract(node, 0, 1, zero)
     if groups == 1:
         c.tie(node, x, inner)
     else:
         _grouped(node, c, x, out, inner, groups)
-    _finish(node, c, out, _conv_macs(node, c), (out, inner))
+    macs = math.prod(c.out_dims(node)) * math.prod(c.dims(node, weight)[1:])
+    _finish(node, c, out, macs, (out, inner), weight, bias)
 
 
 @rule("ConvTranspose")
@@ -43,7 +49,7 @@ def conv_transpose(node: Node, c: Interpreter) -> None:
         _split(node, c, own, group, out)
     kernel = math.prod(c.dims(node, 1)[1:])
     macs = math.prod(c.dims(node, 0)[:2]) * math.prod(c.dims(node, 0)[2:]) * kernel
-    _finish(node, c, own, macs, (rows, out))
+    _finish(node, c, own, macs, (rows, out), 1, 2)
 
 
 @rule("DeformConv")
@@ -70,22 +76,24 @@ def deform_conv(node: Node, c: Interpreter) -> None:
 
 
 def _finish(
-    node: Node, c: Interpreter, out: Labels | None, macs: float, axes: tuple[Labels | None, ...]
+    node: Node,
+    c: Interpreter,
+    out: Labels | None,
+    macs: float,
+    axes: tuple[Labels | None, ...],
+    weight: int,
+    bias: int,
 ) -> None:
-    if node.input(2):
-        c.tie(node, out, c.axis(node, 2, 0))
+    if bias >= 0 and node.input(bias):
+        c.tie(node, out, c.axis(node, bias, 0))
     c.set(node, {0: c.axis(node, 0, 0), 1: out})
     for axis in range(2, len(c.dims(node, 0))):
         c.freeze(node, c.axis(node, 0, axis), f"spatial axis of {node.title}")
-    for axis in range(2, len(c.dims(node, 1))):
-        if c.constant(node, 1) is None:
-            c.freeze(node, c.axis(node, 1, axis), f"kernel axis of {node.title}")
+    for axis in range(2, len(c.dims(node, weight))):
+        if c.constant(node, weight) is None:
+            c.freeze(node, c.axis(node, weight, axis), f"kernel axis of {node.title}")
     c.produce(node, out)
-    c.layer(node, 1, macs, *axes)
-
-
-def _conv_macs(node: Node, c: Interpreter) -> float:
-    return math.prod(c.out_dims(node)) * math.prod(c.dims(node, 1)[1:])
+    c.layer(node, weight, macs, *axes)
 
 
 def _grouped(
@@ -130,9 +138,14 @@ def _split(
 @rewrite("Conv", "DeformConv")
 def rewrite_conv(node: Node, r: Rewriter) -> None:
     """The number of groups follows from what is left of C and C/g."""
+    rewrite_groups(node, r, weight=1)
+
+
+def rewrite_groups(node: Node, r: Rewriter, *, weight: int) -> None:
+    """The number of groups of a convolution whose weight is in this input slot."""
     groups = node.attr("group", 1)
     if groups > 1:
-        left = r.dims_after(node, 0)[1] // r.dims_after(node, 1)[1]
+        left = r.dims_after(node, 0)[1] // r.dims_after(node, weight)[1]
         if left != groups:
             r.set_attribute(node, "group", left)
 
@@ -150,20 +163,26 @@ def rewrite_conv_transpose(node: Node, r: Rewriter) -> None:
 @rule("Gemm")
 def gemm(node: Node, c: Interpreter) -> None:
     """A[M, K] (or its transpose), B[K, N] (or its transpose), C[*broadcast to M, N] -> y[M, N]"""
+    affine(node, c, right=1, bias=2)
+
+
+def affine(node: Node, c: Interpreter, *, right: int, bias: int, zero: int = -1) -> None:
+    """A Gemm with B and C in these input slots; `zero` is the zero point of A."""
     a_inner, b_inner = (0 if node.attr("transA", 0) else 1), (1 if node.attr("transB", 0) else 0)
-    c.tie(node, c.contract(node, 0, a_inner), c.axis(node, 1, b_inner))
-    rows, out = c.axis(node, 0, 1 - a_inner), c.axis(node, 1, 1 - b_inner)
+    c.tie(node, c.contract(node, 0, a_inner, zero), c.axis(node, right, b_inner))
+    rows, out = c.axis(node, 0, 1 - a_inner), c.axis(node, right, 1 - b_inner)
     m, n = c.out_dims(node)
-    bias = c.dims(node, 2)
-    if bias and bias[-1] == n > 1:
-        c.tie(node, out, c.axis(node, 2, -1))
-    if len(bias) == 2 and bias[0] == m > 1:
-        c.tie(node, rows, c.axis(node, 2, 0))
+    dims = c.dims(node, bias)
+    if dims and dims[-1] == n > 1:
+        c.tie(node, out, c.axis(node, bias, -1))
+    if len(dims) == 2 and dims[0] == m > 1:
+        c.tie(node, rows, c.axis(node, bias, 0))
     c.set(node, {0: rows, 1: out})
-    left = c.is_static(node, 0) and not c.is_static(node, 1)
+    left = c.is_static(node, 0) and not c.is_static(node, right)
     c.produce(node, rows if left else out)
     k = c.dims(node, 0)[a_inner]
-    c.layer(node, 0 if left else 1, m * n * k, c.axis(node, 1, b_inner), rows if left else out)
+    weight, own = (0, rows) if left else (right, out)
+    c.layer(node, weight, m * n * k, c.axis(node, right, b_inner), own)
 
 
 @rule("MatMul")
@@ -172,41 +191,49 @@ def matmul(node: Node, c: Interpreter) -> None:
     product(node, c, range(len(c.dims(node, 0))), range(len(c.dims(node, 1))))
 
 
-def product(node: Node, c: Interpreter, left: Sequence[int], right: Sequence[int]) -> None:
-    """A matrix product of inputs 0 and 1.
+def product(
+    node: Node,
+    c: Interpreter,
+    left: Sequence[int],
+    right: Sequence[int],
+    *,
+    slot: int = 1,
+    zero: int = -1,
+) -> None:
+    """A matrix product of input 0, whose zero point is in input `zero`, and input `slot`.
 
     `left` and `right` name their axes in the order in which the product takes them: batch axes,
     rows, columns.
     """
-    inner = c.contract(node, 0, left[-1])
-    c.tie(node, inner, c.axis(node, 1, right[max(len(right) - 2, 0)]))
+    inner = c.contract(node, 0, left[-1], zero)
+    c.tie(node, inner, c.axis(node, slot, right[max(len(right) - 2, 0)]))
     out = c.out_dims(node)
     found: dict[int, Labels | None] = {}
     batch = max(len(left), len(right)) - 2
     for i in range(1, batch + 1):
         a, b = (axes[-2 - i] if len(axes) >= 2 + i else None for axes in (left, right))
-        found[batch - i] = _batch(node, c, a, b)
+        found[batch - i] = _batch(node, c, slot, a, b)
     rows = c.axis(node, 0, left[-2]) if len(left) > 1 else None
-    columns = c.axis(node, 1, right[-1]) if len(right) > 1 else None
+    columns = c.axis(node, slot, right[-1]) if len(right) > 1 else None
     if len(left) > 1:
         found[len(out) - (2 if len(right) > 1 else 1)] = rows
     if len(right) > 1:
         found[len(out) - 1] = columns
     c.set(node, found)
-    weight = 1 if c.is_static(node, 1) else 0 if c.is_static(node, 0) else -1
+    weight = slot if c.is_static(node, slot) else 0 if c.is_static(node, 0) else -1
     if weight >= 0:
-        c.produce(node, columns if weight == 1 else rows)
+        c.produce(node, columns if weight == slot else rows)
     heads = tuple(v for i, v in found.items() if i < batch)
     macs = math.prod(out) * c.dims(node, 0)[left[-1]]
     c.layer(node, weight, macs, inner, rows, columns, *heads)
 
 
-def _batch(node: Node, c: Interpreter, a: int | None, b: int | None) -> Labels | None:
-    """Tie batch axis `a` of input 0 with `b` of input 1; None where one has no such axis."""
+def _batch(node: Node, c: Interpreter, slot: int, a: int | None, b: int | None) -> Labels | None:
+    """Tie batch axis `a` of input 0 with `b` of input `slot`; None where one has no such axis."""
     wide_a = a is not None and c.dims(node, 0)[a] > 1
-    wide_b = b is not None and c.dims(node, 1)[b] > 1
+    wide_b = b is not None and c.dims(node, slot)[b] > 1
     left = c.axis(node, 0, a) if a is not None and wide_a else None
-    right = c.axis(node, 1, b) if b is not None and wide_b else None
+    right = c.axis(node, slot, b) if b is not None and wide_b else None
     if wide_a and wide_b:
         c.tie(node, left, right)
     labels = left if left is not None else right

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnxprune.coupling import Interpreter
 from onnxprune.graph import Node
-from onnxprune.labels import Block, Labels
+from onnxprune.labels import Labels
 from onnxprune.ops.registry import rule
 
 UNARY = [
@@ -89,7 +89,7 @@ def carry(node: Node, c: Interpreter) -> None:
         return
     if node.op_type == "CastLike":
         c.layout(node, 1)
-    layout = tuple(Block(b.axes, b.labels) for b in c.layout(node, 0))
+    layout = c.carried(node, c.layout(node, 0))
     for index, name in enumerate(node.outputs):
         if c.out_dims(node, index) == c.dims(node, 0):
             c.set_layout(node, layout, index)

@@ -16,6 +16,8 @@ from onnxprune.shapes import Dims
 #: Above this many labels a reshape is not followed (only reached by flattening whole feature maps).
 SPREAD_LIMIT = 1 << 24
 SIMULATION_LIMIT = 1 << 22
+#: Operators that a chain of moves is made of; others in it treat all elements alike.
+MOVES = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"))
 
 
 @rule("Reshape", "Flatten", "Squeeze", "Unsqueeze", joint=True)
@@ -40,10 +42,8 @@ def reshape(node: Node, c: Interpreter) -> None:
 
 
 def _carried(node: Node, block: Block) -> Origin | None:
-    if block.origin is None:
-        return None
-    o = block.origin
-    return Origin(o.tensor, o.axis, o.labels, (*o.chain, node.index))
+    origin: Origin | None = block.origin
+    return None if origin is None else origin.through(node)
 
 
 def _settle_torn(
@@ -158,7 +158,7 @@ def _permutation(
         node = c.graph.nodes[i]
         if node.op_type == "Transpose":
             moved = np.transpose(moved, node.attr("perm"))
-        else:
+        elif node.op_type in MOVES:
             moved = moved.reshape(c.shapes.dims(node.outputs[0]) or ())
     stride = int(np.prod(source[axis + 1 :]))
     row = moved[tuple(slice(None) if a == axis else 0 for a in range(moved.ndim))]
@@ -175,12 +175,13 @@ def rewrite_reshape(node: Node, r: Rewriter) -> None:
     if shuffle is not None and not r.is_product(shuffle.joint):
         labels = r.layout_labels(shuffle.source, shuffle.axis)
         assert labels is not None
-        r.replace_by_gather(
-            node,
-            shuffle.axis,
-            r.positions(labels, shuffle.labels, only_kept=True),
-            source=shuffle.source,
-        )
+        index = r.positions(labels, shuffle.labels, only_kept=True)
+        moves = [n for i in shuffle.chain if (n := r.node(i)).op_type in MOVES]
+        if len(moves) == len(shuffle.chain):
+            r.replace_by_gather(node, shuffle.axis, index, source=shuffle.source)
+        else:  # what lies between the moves treats all channels alike: it may follow the Gather
+            r.replace_by_gather(moves[0], shuffle.axis, index)
+            r.bypass(*moves[1:])
         return
     if node.input(1):
         r.rewrite_shape(node, 1, None, reshape=True)
