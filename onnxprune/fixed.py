@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from onnxprune.folding import FOLDS
 from onnxprune.graph import Graph, Node
-from onnxprune.shapes import FOLDS, Shapes
+from onnxprune.shapes import Shapes
 
 #: Positions of a value's elements, None for all of them.
 Positions = frozenset[int] | None

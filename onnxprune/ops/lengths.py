@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 
 from onnxprune.coupling import Interpreter, Lengths
+from onnxprune.folding import FOLDS
 from onnxprune.graph import Node
 from onnxprune.labels import Labels
-from onnxprune.shapes import FOLDS
 
 _INTEGERS = frozenset((onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL))
 #: Input slots that take shapes: (operator, slot).
