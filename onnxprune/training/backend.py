@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnxprune.errors import TrainingError
 from onnxprune.training.client import Worker
 from onnxprune.training.draft import to_model
+from onnxprune.training.groups import ParameterGroup, rates_and_decays
 from onnxprune.training.legalise import TrainingGraph
 from onnxprune.training.polish import polish
 from onnxprune.training.wire import Arrays, Header
@@ -38,6 +39,8 @@ class WorkerTrainer:
         clip: float = 0.0,
         threads: int = 1,
         masks: Mapping[str, NDArray[Any]] | None = None,
+        groups: Sequence[ParameterGroup] = (),
+        ema: float = 0.0,
     ) -> None:
         self.names = sorted(graph.parameters)
         self._worker = worker
@@ -45,12 +48,14 @@ class WorkerTrainer:
         arrays |= {"param:" + n: graph.parameters[n].value for n in self.names}
         arrays |= {"mask:" + n: m.astype(np.float32) for n, m in (masks or {}).items()}
         arrays |= {"buffer:" + n: a for n, a in graph.draft.buffers.items()}
-        decay = {n: weight_decay for n in self.names if graph.parameters[n].decay}
+        rates, decay = rates_and_decays(graph.parameters, weight_decay, groups)
         worker.call(
             "build",
             arrays,
             shapes={n: list(graph.parameters[n].value.shape) for n in self.names},
             decay=decay,
+            rates=rates,
+            ema=ema,
             masks=sorted(masks or {}),
             buffers=dict(graph.draft.updates),
             optimizer=dict(optimizer),

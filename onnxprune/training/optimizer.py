@@ -26,10 +26,13 @@ class Sgd:
         self.velocity: Any = np.zeros(size, np.float32)
         self._work: Any = np.empty(PIECE, np.float32)
 
-    def step(self, params: Any, grads: Any, decay: Any, lr: float) -> None:
+    def step(
+        self, params: Any, grads: Any, decay: Any, lr: float, factor: Any = None
+    ) -> None:
         """Update `params` in place.
 
-        All arguments are vectors [P], `decay` is the rate of each weight.
+        All arguments are vectors [P]; `decay` is the rate of each weight, `factor` what its
+        learning rate is multiplied with (None: 1).
         """
         self.step_count += 1
         rate = np.float32(lr)
@@ -42,6 +45,8 @@ class Sgd:
             np.multiply(w, decay[s], out=t)
             t += u
             t *= rate
+            if factor is not None:
+                t *= factor[s]
             w -= t
 
 
@@ -62,10 +67,13 @@ class AdamW:
         self.second: Any = np.zeros(size, np.float32)
         self._work: Any = np.empty((2, PIECE), np.float32)
 
-    def step(self, params: Any, grads: Any, decay: Any, lr: float) -> None:
+    def step(
+        self, params: Any, grads: Any, decay: Any, lr: float, factor: Any = None
+    ) -> None:
         """Update `params` in place.
 
-        All arguments are vectors [P], `decay` is the rate of each weight.
+        All arguments are vectors [P]; `decay` is the rate of each weight, `factor` what its
+        learning rate is multiplied with (None: 1).
         """
         self.step_count += 1
         b1, b2 = np.float32(self.beta1), np.float32(self.beta2)
@@ -90,8 +98,27 @@ class AdamW:
             t *= scale
             np.multiply(w, decay[s], out=r)
             r *= rate
+            if factor is not None:
+                r *= factor[s]
+                t *= factor[s]
             w -= r
             w -= t
+
+
+def average_into(average: Any, params: Any, decay: float, step: int) -> None:
+    """Exponential moving average, in place: a <- d a + (1 - d) w.
+
+    With d = min(decay, (1 + step) / (10 + step)), so that the start values are soon forgotten. All
+    vectors are [P].
+    """
+    share = np.float32(1 - min(decay, (1 + step) / (10 + step)))
+    work: Any = np.empty(PIECE, np.float32)
+    for begin in range(0, params.size, PIECE):
+        a, w = average[begin : begin + PIECE], params[begin : begin + PIECE]
+        t = work[: w.size]
+        np.subtract(w, a, out=t)
+        t *= share
+        a += t
 
 
 def clip_by_norm(grads: Any, limit: float) -> float:

@@ -24,7 +24,7 @@ def polish(gradient: bytes) -> bytes:
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     model.graph.initializer.append(numpy_helper.from_array(np.zeros((), np.float32), ZERO))
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def _relu(node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -29,6 +29,7 @@ class Engine:
         self.grads = _vector(size)
         self.decay = _vector(size)
         self.mask: Any = None
+        self.factor = self._factors(head.get("rates", {}), size)
         for name, rate in head["decay"].items():
             self.view(self.decay, name)[...] = rate
         for name in self.layout:
@@ -40,6 +41,17 @@ class Engine:
         self.optimizer = _optimizer(head["optimizer"], size)
         self.session = _session(arrays["gradient"].tobytes(), head["threads"])
         self.clip = float(head.get("clip") or 0.0)
+        self.ema = float(head.get("ema") or 0.0)
+        self.average: Any = self.params.copy() if self.ema else None
+
+    def _factors(self, rates: dict[str, float], size: int) -> Any:
+        """What each learning rate is multiplied with [P]; None where all are 1."""
+        if not rates:
+            return None
+        factor = np.ones(size, np.float32)
+        for name, rate in rates.items():
+            self.view(factor, name)[...] = rate
+        return factor
 
     def _set_masks(self, names: list[str], arrays: wire.Arrays, size: int) -> None:
         if names:
@@ -93,9 +105,12 @@ class Engine:
         norm = optimizer.clip_by_norm(self.grads, self.clip)
         if not (np.isfinite(norm) and np.isfinite(loss)):
             return loss, norm
-        self.optimizer.step(self.params, self.grads, self.decay, lr)
+        self.optimizer.step(self.params, self.grads, self.decay, lr, self.factor)
         if self.mask is not None:
             self.params *= self.mask
+        if self.ema:
+            count = self.optimizer.step_count
+            optimizer.average_into(self.average, self.params, self.ema, count)
         return loss, norm
 
     def probe(self, feeds: wire.Arrays, size: float, seed: int | None) -> dict[str, Any]:
@@ -132,16 +147,24 @@ class Engine:
         arrays = {"params": self.params}
         arrays.update({"slot:" + n: getattr(self.optimizer, n) for n in self.optimizer.slots})
         arrays.update({"buffer:" + n: a for n, a in self.buffers.items()})
+        if self.ema:
+            arrays["average"] = self.average
         return {"step_count": self.optimizer.step_count}, arrays
 
     def restore(self, head: wire.Header, arrays: wire.Arrays) -> None:
         """Continue from what `state` gave."""
         self.params[...] = arrays["params"]
+        if self.ema:
+            self.average[...] = arrays["average"]
         self.optimizer.step_count = head["step_count"]
         for name in self.optimizer.slots:
             getattr(self.optimizer, name)[...] = arrays["slot:" + name]
         for name in self.buffers:
             self.buffers[name] = arrays["buffer:" + name]
+
+    def trained(self) -> Any:
+        """The parameters [P] to keep: the moving average where there is one."""
+        return self.average if self.ema else self.params
 
     def values(self, vector: Any) -> wire.Arrays:
         """A vector [P] as one array per parameter."""
@@ -261,7 +284,7 @@ class Server:
             return engine.probe(arrays, head["size"], head["seed"]), {}
         if op == "values":
             buffers = {"buffer:" + n: a for n, a in engine.buffers.items()}
-            return {}, {**engine.values(engine.params), **buffers}
+            return {}, {**engine.values(engine.trained()), **buffers}
         if op == "state":
             return engine.state()
         if op == "restore":
