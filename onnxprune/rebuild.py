@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -12,6 +11,7 @@ from onnxprune.progress import Progress
 
 if TYPE_CHECKING:
     from onnxprune.data import Dataset
+    from onnxprune.passes.finetune import FinetuneResult
 
 CALIBRATION_SAMPLES = 1024
 
@@ -36,10 +36,8 @@ def rebuild(
     if options.finetune:
         from onnxprune.passes.finetune import Finetune
 
-        start = time.perf_counter()
         tune = Finetune(epochs=options.finetune, seed=options.seed, threads=options.threads)
         result = tune(model, teacher=original, data=train, val=held_out, progress=progress)
-        seconds = time.perf_counter() - start
         model = result.model
         metrics = measure(model, held_out, original, options.threads)
         steps.append(
@@ -47,12 +45,19 @@ def rebuild(
                 "step": "finetune",
                 "epochs": options.finetune,
                 "best_epoch": result.best_epoch,
-                "seconds_per_epoch": seconds / options.finetune,
+                "seconds_per_epoch": _seconds_per_epoch(result),
                 "frozen": dict(result.frozen),
+                "notes": [f"fine-tuning: {note}" for note in result.notes],
                 **metrics,
             }
         )
     return model, metrics, steps
+
+
+def _seconds_per_epoch(result: FinetuneResult) -> float:
+    """Without the set-up before the first; epoch 0 is the model as it came."""
+    seconds = [epoch.seconds for epoch in result.history if epoch.epoch]
+    return sum(seconds) / max(1, len(seconds))
 
 
 def _reestimate(model: onnx.ModelProto, data: Dataset) -> onnx.ModelProto:

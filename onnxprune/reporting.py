@@ -67,7 +67,7 @@ def make_report(
         },
         checks=tuple(checks),
         rebuild=tuple(steps),
-        notes=verified.notes,
+        notes=(*verified.notes, *(note for step in steps for note in step.get("notes", ()))),
         seconds={},
     )
 

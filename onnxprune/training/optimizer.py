@@ -26,9 +26,7 @@ class Sgd:
         self.velocity: Any = np.zeros(size, np.float32)
         self._work: Any = np.empty(PIECE, np.float32)
 
-    def step(
-        self, params: Any, grads: Any, decay: Any, lr: float, factor: Any = None
-    ) -> None:
+    def step(self, params: Any, grads: Any, decay: Any, lr: float, factor: Any = None) -> None:
         """Update `params` in place.
 
         All arguments are vectors [P]; `decay` is the rate of each weight, `factor` what its
@@ -67,9 +65,7 @@ class AdamW:
         self.second: Any = np.zeros(size, np.float32)
         self._work: Any = np.empty((2, PIECE), np.float32)
 
-    def step(
-        self, params: Any, grads: Any, decay: Any, lr: float, factor: Any = None
-    ) -> None:
+    def step(self, params: Any, grads: Any, decay: Any, lr: float, factor: Any = None) -> None:
         """Update `params` in place.
 
         All arguments are vectors [P]; `decay` is the rate of each weight, `factor` what its

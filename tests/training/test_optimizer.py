@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxprune.training.optimizer import PIECE, AdamW, Sgd, clip_by_norm
+from onnxprune.training.optimizer import PIECE, AdamW, Sgd, average_into, clip_by_norm
 from onnxprune.training.schedule import rate_at
 
 SIZE = PIECE + 100  # more than one piece
@@ -58,3 +58,34 @@ def test_the_rate_rises_and_falls() -> None:
     assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
     assert 0 < rates[-1] < 1e-3
     assert rate_at(0, 1, 0.5) == 0.5
+
+
+def test_other_ways_down() -> None:
+    line = [rate_at(i, 100, 2.0, warmup=0, schedule="linear") for i in range(100)]
+    assert line == pytest.approx([2 * (1 - i / 100) for i in range(100)])
+    assert {rate_at(i, 100, 2.0, warmup=0, schedule="constant") for i in range(100)} == {2.0}
+
+
+@pytest.mark.parametrize("make", [AdamW, Sgd])
+def test_a_factor_scales_the_rate_of_each_weight(make: Any) -> None:
+    w, grads, decay = series()
+    gradient = grads[0].astype(np.float32)
+    ends = {}
+    for key, rate, factor in (
+        ("plain", 0.01, None),
+        ("whole", 0.005, np.full(SIZE, 2, np.float32)),
+        ("none", 0.01, np.zeros(SIZE, np.float32)),
+    ):
+        ends[key] = w.astype(np.float32)
+        make(SIZE).step(ends[key], gradient, decay, rate, factor)
+    np.testing.assert_allclose(ends["whole"], ends["plain"], atol=1e-6)
+    np.testing.assert_array_equal(ends["none"], w.astype(np.float32))
+    assert not np.array_equal(ends["plain"], ends["none"])
+
+
+def test_the_average_follows_the_weights() -> None:
+    average, weights = np.zeros(SIZE, np.float32), np.ones(SIZE, np.float32)
+    average_into(average, weights, 0.5, step=1)
+    np.testing.assert_allclose(average, 1 - 2 / 11)  # the first steps forget faster
+    average_into(average, weights, 0.5, step=100)
+    np.testing.assert_allclose(average, 1 - 2 / 11 * 0.5)
