@@ -59,7 +59,7 @@ def replay_lossless(model: onnx.ModelProto) -> Analysis:
     """The analysis of `model` without what does not matter, as a plan was made for it."""
     from onnxprune.passes.lossless import Lossless
 
-    return analyse(Lossless(check=False)(model).model)
+    return analyse(Lossless()(model).model)
 
 
 def scaled(budget: Budget, whole: Analysis, analysis: Analysis) -> Budget:

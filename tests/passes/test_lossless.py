@@ -172,6 +172,49 @@ ROWS = [
         nodes=1,
     ),
     Row(
+        "repeated filters",
+        IMAGE,
+        "a = Conv(x, w1, b1) h = Sigmoid(a) y = Conv<pads=[1,1,1,1]>(h, w2)",
+        "w1:8,3,3,3 b1:8 w2:4,8,3,3",
+        "w1[1]=array[0] b1[0:2]=0.3 w1[5]=array[4] b1[4:6]=-0.1",
+        "w1:6,3,3,3 w2:4,6,3,3",
+    ),
+    Row(
+        "multiples through a rectifier and a pool, flattened",
+        "(float[N,3,8,8] x) => (float[N,4] y)",
+        "a = Conv(x, w1) h = Relu(a) p = MaxPool<kernel_shape=[2,2],strides=[2,2]>(h) "
+        "f = Flatten(p) y = Gemm(f, w2)",
+        "w1:8,3,3,3 w2:72,4",
+        "w1[1]=array[0]*3.7 w1[2]=array[0]*-2",
+        "w1:7,3,3,3 w2:63,4",
+    ),
+    Row(
+        "multiples through batch normalization and a sum",
+        IMAGE,
+        "a = Conv(x, w1) n = BatchNormalization(a, s, t, mean, var) b = Conv(x, wb) "
+        "q = Add(n, b) h = Relu(q) y = Conv(h, w2)",
+        "w1:8,3,3,3 wb:8,3,3,3 s:8 t:8 mean:8 var:8 w2:4,8,1,1",
+        "w1[1]=array[0]*2 mean[1]=array[0]*2 var[1]=array[0] s[1]=array[0] t[1]=array[0]*2 "
+        "wb[1]=array[0]*2",
+        "w1:7,3,3,3 s:7 w2:4,7,1,1",
+    ),
+    Row(
+        "constants in front of padding share one channel",
+        IMAGE,
+        "a = Conv(x, w1, b1) h = Sigmoid(a) y = Conv<pads=[1,1,1,1]>(h, w2)",
+        "w1:8,3,3,3 b1:8 w2:4,8,3,3",
+        "w1[:4]=0",
+        "w1:5,3,3,3 w2:4,5,3,3",
+    ),
+    Row(
+        "repeated depthwise filters",
+        IMAGE,
+        "a = Conv(x, w1) h = Relu(a) g = Conv<group=8>(h, wg, bg) r = Relu(g) y = Conv(r, w2)",
+        "w1:8,3,3,3 wg:8,1,3,3 bg:8 w2:4,8,1,1",
+        "w1[1]=array[0]*2 wg[1]=array[0] bg[1]=array[0]*2 bg[:]=abs(array)",
+        "w1:7,3,3,3 wg:7,1,3,3 w2:4,7,1,1",
+    ),
+    Row(
         "what reaches no output",
         FLAT,
         "y = MatMul(x, w1) u = MatMul(x, w2) v = Relu(u)",
