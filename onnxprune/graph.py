@@ -5,7 +5,8 @@ The proto stays the source of truth; nothing here copies weights or mutates the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,30 @@ FLOATS = frozenset(
     getattr(onnx.TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE")
 )
 _VALUE_FIELDS = ("value_int", "value_ints", "value_float", "value_floats")
+
+
+#: How values of the common types are read from an attribute.
+_DECODERS: dict[int, Callable[[onnx.AttributeProto], Any]] = {
+    onnx.AttributeProto.FLOAT: lambda a: a.f,
+    onnx.AttributeProto.INT: lambda a: a.i,
+    onnx.AttributeProto.STRING: lambda a: a.s,
+    onnx.AttributeProto.TENSOR: lambda a: a.t,
+    onnx.AttributeProto.INTS: lambda a: list(a.ints),
+    onnx.AttributeProto.FLOATS: lambda a: list(a.floats),
+}
+#: How the common element types lie in `raw_data`.
+_RAW: dict[int, np.dtype[Any]] = {
+    onnx.TensorProto.FLOAT: np.dtype("<f4"),
+    onnx.TensorProto.FLOAT16: np.dtype("<f2"),
+    onnx.TensorProto.DOUBLE: np.dtype("<f8"),
+    onnx.TensorProto.INT64: np.dtype("<i8"),
+    onnx.TensorProto.INT32: np.dtype("<i4"),
+}
+
+
+def _decode(attribute: onnx.AttributeProto) -> Any:
+    decode = None if attribute.ref_attr_name else _DECODERS.get(attribute.type)
+    return helper.get_attribute_value(attribute) if decode is None else decode(attribute)
 
 
 class Node:
@@ -41,8 +66,8 @@ class Node:
         "proto",
     )
 
-    def __init__(self, index: int, proto: onnx.NodeProto) -> None:
-        self.index = index
+    def __init__(self, proto: onnx.NodeProto) -> None:
+        self.index = -1
         self.proto = proto
         self.op_type: str = proto.op_type
         self.domain: str = "" if proto.domain == "ai.onnx" else proto.domain
@@ -55,7 +80,7 @@ class Node:
     def attributes(self) -> dict[str, Any]:
         """Attribute values by name, decoded on first use."""
         if self._attributes is None:
-            self._attributes = {a.name: helper.get_attribute_value(a) for a in self.proto.attribute}
+            self._attributes = {a.name: _decode(a) for a in self.proto.attribute}
         return self._attributes
 
     def attr(self, name: str, default: Any = None) -> Any:
@@ -96,7 +121,7 @@ class Constant:
     @property
     def size(self) -> int:
         """The number of elements."""
-        return int(np.prod(self.dims, dtype=np.int64))
+        return math.prod(self.dims)
 
     @property
     def is_vector(self) -> bool:
@@ -110,7 +135,10 @@ class Constant:
 
     def array(self) -> Array:
         """The value; a view where the proto allows it."""
-        return numpy_helper.to_array(self.tensor)
+        kind = _RAW.get(self.dtype)
+        if kind is None or not self.tensor.HasField("raw_data"):
+            return numpy_helper.to_array(self.tensor)
+        return np.frombuffer(self.tensor.raw_data, kind).reshape(self.dims)
 
 
 @dataclass(frozen=True)
@@ -201,17 +229,17 @@ def _constant_node(node: Node) -> Constant | None:
 
 def _number(graph: onnx.GraphProto, nodes: list[Node]) -> tuple[Node, ...]:
     """Append the nodes of `graph`, and of the bodies in it, to `nodes`."""
-    own = []
-    for proto in _topological(graph):
-        node = Node(len(nodes), proto)
+    own = _topological([Node(proto) for proto in graph.node])
+    for node in own:
+        node.index = len(nodes)
         nodes.append(node)
-        own.append(node)
-        node.bodies = tuple(
-            _body(attribute.name, graph, nodes)
-            for attribute in proto.attribute
-            for graph in ((attribute.g,) if attribute.HasField("g") else attribute.graphs)
-        )
-    return tuple(own)
+        if any(True for _ in bodies(node.proto)):
+            node.bodies = tuple(
+                _body(attribute.name, inner, nodes)
+                for attribute in node.proto.attribute
+                for inner in ((attribute.g,) if attribute.HasField("g") else attribute.graphs)
+            )
+    return own
 
 
 def _body(attribute: str, graph: onnx.GraphProto, nodes: list[Node]) -> Body:
@@ -234,12 +262,12 @@ def _free_names(body: onnx.GraphProto) -> Iterator[str]:
     yield from (o.name for o in body.output if o.name not in known)
 
 
-def _topological(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    protos = list(graph.node)
-    order = topological_order(protos, lambda p: (*p.input, *captured_by(p)))
-    if len(order) < len(protos):
-        stuck = protos[min(set(range(len(protos))) - set(order))]
+def _topological(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    reads = [(*node.inputs, *captured_by(node.proto)) for node in nodes]
+    order = topological_order([node.outputs for node in nodes], reads)
+    if len(order) < len(nodes):
+        stuck = nodes[min(set(range(len(nodes))) - set(order))]
         raise InvalidModelError(
-            f"the graph has a cycle through node {stuck.name or stuck.op_type!r}"
+            f"the graph has a cycle through node {stuck.proto.name or stuck.op_type!r}"
         )
-    return [protos[i] for i in order]
+    return tuple(nodes[i] for i in order)

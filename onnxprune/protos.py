@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import onnx
@@ -22,8 +23,21 @@ def copy_fields(source: Any, target: Any, without: Iterable[str]) -> None:
             getattr(target, descriptor.name).extend(value)
 
 
+@lru_cache(maxsize=4096)
+def _may_hold_graphs(domain: str, op_type: str) -> bool:
+    """False for standard operators without graph attributes, which is nearly all of them."""
+    try:
+        schema = onnx.defs.get_schema(op_type, "" if domain == "ai.onnx" else domain)
+    except onnx.defs.SchemaError:
+        return True
+    kinds = (onnx.defs.OpSchema.AttrType.GRAPH, onnx.defs.OpSchema.AttrType.GRAPHS)
+    return any(attribute.type in kinds for attribute in schema.attributes.values())
+
+
 def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     """The graphs in a node's attributes."""
+    if not _may_hold_graphs(node.domain, node.op_type):
+        return
     for attribute in node.attribute:
         if attribute.HasField("g"):
             yield attribute.g
@@ -40,18 +54,17 @@ def reads(node: onnx.NodeProto) -> Iterator[str]:
             yield output.name
 
 
-def topological_order(
-    nodes: Sequence[onnx.NodeProto], read: Callable[[onnx.NodeProto], Iterable[str]]
-) -> list[int]:
+def topological_order(makes: Sequence[Sequence[str]], reads: Sequence[Sequence[str]]) -> list[int]:
     """Positions in an order in which each node comes after what it reads (Kahn, 1962).
 
-    Otherwise the given order stays. Nodes on a cycle, and behind one, are left out.
+    Node i makes the names `makes[i]` and reads `reads[i]`. Otherwise the given order stays. Nodes
+    on a cycle, and behind one, are left out.
     """
-    made_by = {name: i for i, node in enumerate(nodes) for name in node.output if name}
-    sources = [{made_by[name] for name in read(node) if name in made_by} for node in nodes]
-    if all(max(before, default=-1) < i for i, before in enumerate(sources)):
-        return list(range(len(nodes)))
-    followers: list[list[int]] = [[] for _ in nodes]
+    made_by = {name: i for i, names in enumerate(makes) for name in names if name}
+    if all(made_by.get(name, -1) < i for i, names in enumerate(reads) for name in names):
+        return list(range(len(makes)))
+    sources = [{made_by[name] for name in names if name in made_by} for names in reads]
+    followers: list[list[int]] = [[] for _ in makes]
     for i, before in enumerate(sources):
         for source in before:
             followers[source].append(i)

@@ -93,7 +93,9 @@ def sort_nodes(graph: onnx.GraphProto) -> None:
         for body in bodies(node):
             sort_nodes(body)
     nodes = list(graph.node)
-    order = topological_order(nodes, reads)
+    order = topological_order(
+        [node.output for node in nodes], [list(reads(node)) for node in nodes]
+    )
     if len(order) < len(nodes):
         stuck = nodes[min(set(range(len(nodes))) - set(order))]
         raise InvalidModelError(
