@@ -78,6 +78,15 @@ class Shuffle:
 
 
 @dataclass(frozen=True, eq=False)
+class Pin:
+    """Input `slot` of node `node` is a length of axes with `labels`; it keeps its old value."""
+
+    node: int
+    slot: int
+    labels: Labels
+
+
+@dataclass(frozen=True, eq=False)
 class Origin:
     """Where a joint pair of axes came from: tensor before the split, its axis, nodes since."""
 
@@ -106,6 +115,7 @@ class Coupling:
     statistics: tuple[Statistic, ...]
     products: tuple[tuple[int, Labels], ...]
     shuffles: tuple[Shuffle, ...]
+    pins: tuple[Pin, ...]
     lengths: Mapping[str, Lengths]
     aliases: Mapping[str, str]
     settled: Mapping[int, tuple[Block, dict[int, Labels]]]
@@ -132,6 +142,7 @@ class Interpreter:
     statistics: list[Statistic] = field(default_factory=list)
     products: list[tuple[int, Labels]] = field(default_factory=list)
     shuffles: list[Shuffle] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
     lengths: dict[str, Lengths] = field(default_factory=dict)
     settled: dict[int, tuple[Block, dict[int, Labels]]] = field(default_factory=dict)
     notes: dict[int, Labels] = field(default_factory=dict)
@@ -399,6 +410,7 @@ def couple(graph: Graph, shapes: Shapes, *, granularity: str = "head") -> Coupli
         statistics=tuple(state.statistics),
         products=tuple(state.products),
         shuffles=tuple(state.shuffles),
+        pins=tuple(state.pins),
         lengths=state.lengths,
         aliases=state.aliases,
         settled=state.settled,
@@ -432,3 +444,6 @@ def _freeze_outputs(state: Interpreter) -> None:
     for name in state.graph.outputs:
         for block in state.layouts.get(name, ()):
             state.system.freeze(block.labels, -1, f"axis {block.axes[0]} of model output {name!r}")
+        for element in state.lengths.get(name, ()):
+            for labels in element:
+                state.system.freeze(labels, -1, f"its length is in model output {name!r}")

@@ -76,8 +76,20 @@ def apply_keep(coupling: Coupling, keep: Mask) -> Applied:
         rewrite = REWRITES.get((node.domain, node.op_type))
         if rewrite is not None and node.index in coupling.interpreted:
             rewrite(node, rewriter)
+    _keep_old_lengths(coupling, rewriter)
     _place_operands(state, rewriter.edits)
     return Applied(_assemble(state, rewriter.edits), state.slices)
+
+
+def _keep_old_lengths(coupling: Coupling, rewriter: Rewriter) -> None:
+    """Arithmetic on a length that shrinks gets the old length as a constant."""
+    for pin in coupling.pins:
+        if (pin.node, pin.slot) in rewriter.edits.operands or rewriter.mask(pin.labels).all():
+            continue
+        node = coupling.graph.nodes[pin.node]
+        value = rewriter.value(node, pin.slot)
+        assert value is not None
+        rewriter.set_operand(node, pin.slot, value)
 
 
 def _cuts(rewriter: Rewriter, layout: Layout) -> Cuts:

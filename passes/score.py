@@ -194,8 +194,10 @@ def _members(
                     array = constant.array() if decode is None else decode(constant.array())
                 makes: Role = "makes" if id(block.labels) in makers else "reads"
                 role: Role = "scales" if constant.is_vector else makes
-                values = rule(Member(np.moveaxis(array, block.axes[0], 0), name, role, node, rng))
-                if values is not None:
+                member = Member(np.moveaxis(array, block.axes[0], 0), name, role, node, rng)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    values = rule(member)
+                if values is not None and np.isfinite(values).all():  # a mask of -inf says nothing
                     yield block.labels, _relative(np.asarray(values, np.float64))
 
 

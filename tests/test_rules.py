@@ -417,9 +417,8 @@ SHAPING = [
         shrinks="w1 b1 wg wd w2",
     ),
     flat(
-        "length-in-arithmetic-freezes",
+        "length-in-arithmetic-keeps-its-value",
         "d = Shape<start=1>(a)  f = Cast<to=1>(d)  q = Sqrt(f)  h = Div(a, q)",
-        shrinks="",
     ),
 ]
 

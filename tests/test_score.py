@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from onnxprune.analysis import Analysis, analyse
 from onnxprune.errors import InvalidRecipeError
@@ -177,3 +178,21 @@ def test_norms_over_every_axis(
         )
         for name, values in (("l2", exact**2), ("l1", np.abs(exact))):
             np.testing.assert_allclose(criteria()[name](member), values.sum(rest), rtol=1e-5)
+
+
+def test_a_mask_of_huge_numbers_says_nothing_about_heads() -> None:
+    model = build(
+        "(float[N,5,8] x) => (float[N,5,8] y)",
+        """q = MatMul(x, wq)  k = MatMul(x, wk)  v = MatMul(x, wv)
+        a = Attention<q_num_heads=4, kv_num_heads=4>(q, k, v, m)  y = MatMul(a, o)""",
+        "wq:8,16 wk:8,16 wv:8,16 o:16,8 m:4,5,5",
+        opset=23,
+        ir=10,
+    )
+    without = score(analyse(model).coupling)
+    mask = next(t for t in model.graph.initializer if t.name == "m")
+    lower = np.triu(np.full((4, 5, 5), np.finfo(np.float32).min, np.float32), 1)
+    mask.CopyFrom(numpy_helper.from_array(lower, "m"))
+    scores = score(analyse(model).coupling)
+    assert np.isfinite(scores[1:]).all()
+    assert np.unique(scores[1:]).size == np.unique(without[1:]).size == 4

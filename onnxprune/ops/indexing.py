@@ -246,7 +246,7 @@ def tile(node: Node, c: Interpreter) -> None:
     found: dict[int, Labels | None] = {}
     for axis, (m, n) in enumerate(zip(c.dims(node, 0), c.out_dims(node), strict=True)):
         labels = c.axis(node, 0, axis)
-        if labels is not None and n != m and (n % m or c.value(node, 1) is None):
+        if labels is not None and n % m:
             c.freeze(node, labels, f"the repeats of {node.title} are computed at run time")
         elif labels is not None:
             found[axis] = np.tile(labels, n // m)

@@ -1,8 +1,8 @@
 """Values computed from the length of a prunable axis, followed to where they are used.
 
 A length that ends as a reshape target, an expand size, a slice bound is rewritten or comes out
-right by itself. One that enters other arithmetic (a scale 1/sqrt(d), a position) would change the
-function: the axis is frozen.
+right by itself. One that enters other arithmetic (a scale 1/sqrt(d), a position) keeps its old
+value, so that removal equals zeroing; where that follows the input's size too, the axis is frozen.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 
-from onnxprune.coupling import Interpreter, Lengths
+from onnxprune.coupling import Interpreter, Lengths, Pin
 from onnxprune.folding import FOLDS
 from onnxprune.graph import Node
 from onnxprune.labels import Labels
@@ -24,7 +24,6 @@ SHAPE_SLOTS = frozenset(
         ("ConstantOfShape", 0),
         ("Resize", 3),
         ("Split", 1),
-        ("Tile", 1),
         ("MaxUnpool", 2),
     ]
     + [("Slice", slot) for slot in (1, 2, 3, 4)]
@@ -48,9 +47,18 @@ def follow(state: Interpreter, node: Node) -> bool:
         return True
     for slot in tainted:
         if (node.op_type, slot) not in SHAPE_SLOTS:
-            for labels in _all(state.lengths[node.inputs[slot]]):
-                state.freeze(node, labels, f"its length is used in arithmetic by {node.title}")
+            _keep_old(state, node, slot)
     return False
+
+
+def _keep_old(state: Interpreter, node: Node, slot: int) -> None:
+    name = node.inputs[slot]
+    parts = [labels.ravel() for labels in _all(state.lengths[name])]
+    whole = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+    if state.shapes.value(name) is not None and state.shapes.is_fixed_value(name):
+        state.pins.append(Pin(node.index, slot, whole))
+    else:
+        state.freeze(node, whole, f"its length is used in arithmetic by {node.title}")
 
 
 def _has_labels(state: Interpreter, node: Node) -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from onnxprune.coupling import Interpreter
 from onnxprune.graph import Node
 from onnxprune.labels import Labels
-from onnxprune.ops.registry import rule
+from onnxprune.ops.registry import rewrite, rule
+from onnxprune.rewriting import Rewriter
 
 
 @rule("GatherElements")
@@ -50,18 +53,36 @@ def scatter_elements(node: Node, c: Interpreter) -> None:
 
 @rule("GatherND")
 def gather_nd(node: Node, c: Interpreter) -> None:
-    """x[*B, *K, *R], index[*B, *I, len(K)] -> y[*B, *I, *R]"""
+    """x[*B, *K, *R], index[*B, *I, len(K)] -> y[*B, *I, *R]; what a constant index names stays"""
     batch = node.attr("batch_dims", 0)
-    index = c.dims(node, 1)
+    index, value = c.dims(node, 1), c.value(node, 1)
     first = batch + index[-1]
     found = {axis: _common(node, c, axis, 0, 1) for axis in range(batch)}
     for axis in range(batch, first):
-        c.freeze(node, c.axis(node, 0, axis), f"{node.title} looks it up by number")
+        labels = c.axis(node, 0, axis)
+        if labels is not None and value is not None:
+            labels = labels[value[..., axis - batch].ravel()]
+        c.freeze(node, labels, f"{node.title} looks it up by number")
     found |= {axis: c.axis(node, 1, axis) for axis in range(batch, len(index) - 1)}
     c.freeze(node, c.axis(node, 1, -1), f"positions of {node.title}")
     shift = len(index) - 1 - first
     rank = len(c.dims(node, 0))
     c.set(node, found | {axis + shift: c.axis(node, 0, axis) for axis in range(first, rank)})
+
+
+@rewrite("GatherND")
+def rewrite_gather_nd(node: Node, r: Rewriter) -> None:
+    """Positions among what is left."""
+    batch, index = node.attr("batch_dims", 0), r.value(node, 1)
+    if index is None:
+        return
+    new = index.copy()
+    for column in range(index.shape[-1]):
+        labels = r.labels(node, 0, batch + column)
+        if labels is not None:
+            new[..., column] = r.positions(labels, index[..., column] % labels.size)
+    if not np.array_equal(new, index):
+        r.set_operand(node, 1, new)
 
 
 @rule("ScatterND")
