@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from onnxprune import io
 from onnxprune.coupling import Coupling
-from onnxprune.errors import OnnxPruneError
+from onnxprune.errors import OnnxPruneError, VerificationError
 from onnxprune.groups import Group, Units
+from onnxprune.probes import are_telling, probes, with_outputs
 from onnxprune.rewriting import Mask
 from onnxprune.twin import masked_twin
 
@@ -124,14 +125,21 @@ def twin_error(
 
     Raises:
         InvalidModelError: one of the two does not run.
+        VerificationError: neither outputs nor inner tensors have numbers to compare.
     """
-    from onnxprune import runtime
-
     twin = masked_twin(coupling, keep)
-    ours, theirs = (
-        _outputs(runtime.session(_seeded(model), threads=threads), feeds)
-        for model in (pruned, twin)
-    )
+    ours, theirs = (_outputs(model, feeds, threads) for model in (pruned, twin))
+    if not any(map(are_telling, theirs)):
+        names = probes(coupling, keep, pruned)
+        ours, theirs = (
+            _outputs(with_outputs(model, coupling, names), feeds, threads)
+            for model in (pruned, twin)
+        )
+        if not any(are_telling(outputs, integers=True) for outputs in theirs):
+            raise VerificationError(
+                "the model computes no finite numbers on random inputs, so nothing can be "
+                "compared; give real ones with --data"
+            )
     return max((difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
 
 
@@ -151,9 +159,12 @@ def _seeded(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _outputs(session: Any, feeds: Sequence[Feeds]) -> list[list[Any]]:
+def _outputs(
+    model: onnx.ModelProto, feeds: Sequence[Feeds], threads: int | None
+) -> list[list[Any]]:
     from onnxprune import runtime
 
+    session = runtime.session(_seeded(model), threads=threads)
     return [list(runtime.run(session, f).values()) for f in feeds]
 
 
