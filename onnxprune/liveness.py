@@ -193,10 +193,9 @@ def living(coupling: Coupling, reads: Sequence[Read]) -> Mask:
         for read in ordered:
             if not alive[read.units].all():
                 alive[read.units[read.contributes(alive)]] = True
+        for labels in (*(labels for _, labels in coupling.products), *coupling.keepers):
+            members = solution.unit[np.maximum(labels, 0)]
+            if members.size and not alive[members].any():
+                alive[members[0]] = True
         if int(alive.sum()) == before:
-            break
-    for labels in (*(labels for _, labels in coupling.products), *coupling.keepers):
-        members = solution.unit[np.maximum(labels, 0)]
-        if members.size and not alive[members].any():
-            alive[members[0]] = True
-    return alive
+            return alive
