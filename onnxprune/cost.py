@@ -144,7 +144,7 @@ def cost_model(coupling: Coupling) -> CostModel:
         shared=tuple(shared),
         units=coupling.solution.units,
         param_bytes=weight_bytes / total if total else 0.0,
-        other_bytes=float(size_bytes(coupling.graph.model) - weight_bytes),
+        other_bytes=float(wire.graph_bytes(coupling.graph) - weight_bytes),
     )
 
 

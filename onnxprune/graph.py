@@ -6,8 +6,8 @@ The proto stays the source of truth; nothing here copies weights or mutates the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from onnxprune.errors import InvalidModelError
-from onnxprune.protos import bodies, topological_order
+from onnxprune.protos import bodies, copy_fields, topological_order
 
 Array = NDArray[Any]
 FLOATS = frozenset(
@@ -35,7 +35,7 @@ _DECODERS: dict[int, Callable[[onnx.AttributeProto], Any]] = {
     onnx.AttributeProto.FLOATS: lambda a: list(a.floats),
 }
 #: How the common element types lie in `raw_data`.
-_RAW: dict[int, np.dtype[Any]] = {
+RAW_TYPES: dict[int, np.dtype[Any]] = {
     onnx.TensorProto.FLOAT: np.dtype("<f4"),
     onnx.TensorProto.FLOAT16: np.dtype("<f2"),
     onnx.TensorProto.DOUBLE: np.dtype("<f8"),
@@ -75,6 +75,17 @@ class Node:
         self.outputs: tuple[str, ...] = tuple(proto.output)
         self.bodies: tuple[Body, ...] = ()
         self._attributes: dict[str, Any] | None = None
+
+    def copy(self) -> Node:
+        """The same node without a position; nodes in its bodies are copied as well."""
+        copy = Node.__new__(Node)
+        for name in ("_attributes", "domain", "inputs", "op_type", "outputs", "proto"):
+            setattr(copy, name, getattr(self, name))
+        copy.index = -1
+        copy.bodies = tuple(
+            replace(body, nodes=tuple(node.copy() for node in body.nodes)) for body in self.bodies
+        )
+        return copy
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -135,7 +146,7 @@ class Constant:
 
     def array(self) -> Array:
         """The value; a view where the proto allows it."""
-        kind = _RAW.get(self.dtype)
+        kind = RAW_TYPES.get(self.dtype)
         if kind is None or not self.tensor.HasField("raw_data"):
             return numpy_helper.to_array(self.tensor)
         return np.frombuffer(self.tensor.raw_data, kind).reshape(self.dims)
@@ -149,9 +160,13 @@ class Graph:
     the position in it. `top` are the nodes outside of bodies, in topological order. Names are
     unique over all bodies (see `onnxprune.bodies`). `leaving` are the outputs of the model and of
     all bodies.
+
+    `model` is where all the rest is; after `without` it has no nodes and initializers of its own,
+    so that weights are never copied. `initializers` are those outside of bodies.
     """
 
     model: onnx.ModelProto
+    initializers: tuple[onnx.TensorProto, ...]
     nodes: tuple[Node, ...]
     top: tuple[Node, ...]
     constants: Mapping[str, Constant]
@@ -163,20 +178,29 @@ class Graph:
     leaving: frozenset[str]
 
     @classmethod
-    def of(cls, model: onnx.ModelProto) -> Graph:
-        """Index `model`.
+    def of(
+        cls, model: onnx.ModelProto, initializers: Iterable[onnx.TensorProto] | None = None
+    ) -> Graph:
+        """Index `model`; its initializers may be given apart.
 
         Raises:
             InvalidModelError: the graph has a cycle or a tensor that nothing produces.
         """
+        own = model.graph.initializer if initializers is None else initializers
+        return cls._index(model, _read(model.graph), tuple(own))
+
+    @classmethod
+    def _index(
+        cls,
+        model: onnx.ModelProto,
+        top: tuple[Node, ...],
+        initializers: tuple[onnx.TensorProto, ...],
+    ) -> Graph:
         nodes: list[Node] = []
-        top = _number(model.graph, nodes)
+        _number(top, nodes)
         found = [body for node in nodes for body in node.bodies]
-        constants = {
-            t.name: _initializer(t)
-            for graph in (model.graph, *(body.proto for body in found))
-            for t in graph.initializer
-        }
+        tensors = (initializers, *(body.proto.initializer for body in found))
+        constants = {t.name: _initializer(t) for several in tensors for t in several}
         for node in nodes:
             if node.op_type == "Constant" and node.domain == "":
                 value = _constant_node(node)
@@ -190,6 +214,7 @@ class Graph:
         outputs = tuple(o.name for o in model.graph.output)
         return cls(
             model=model,
+            initializers=initializers,
             nodes=tuple(nodes),
             top=top,
             constants=constants,
@@ -202,6 +227,30 @@ class Graph:
             },
             leaving=frozenset(outputs).union(*(body.outputs for body in found)),
         )
+
+    def without(
+        self, nodes: Set[int], tensors: Set[str], added: Iterable[onnx.TensorProto]
+    ) -> Graph:
+        """The graph without these nodes (by position) and initializers, with others added."""
+        model = onnx.ModelProto()
+        copy_fields(self.model, model, {"graph"})
+        copy_fields(self.model.graph, model.graph, {"node", "initializer", "value_info"})
+        made = {name for index in nodes for name in self.nodes[index].outputs}
+        recorded = self.model.graph.value_info
+        model.graph.value_info.extend(value for value in recorded if value.name not in made)
+        top = tuple(node.copy() for node in self.top if node.index not in nodes)
+        kept = (tensor for tensor in self.initializers if tensor.name not in tensors)
+        return Graph._index(model, top, (*kept, *added))
+
+    def whole(self) -> onnx.ModelProto:
+        """The model with all nodes and initializers: `model` itself where it has them."""
+        if self.model.graph.node:
+            return self.model
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        model.graph.node.extend(node.proto for node in self.top)
+        model.graph.initializer.extend(self.initializers)
+        return model
 
     @property
     def opset(self) -> int:
@@ -227,24 +276,31 @@ def _constant_node(node: Node) -> Constant | None:
     return None
 
 
-def _number(graph: onnx.GraphProto, nodes: list[Node]) -> tuple[Node, ...]:
-    """Append the nodes of `graph`, and of the bodies in it, to `nodes`."""
-    own = _topological([Node(proto) for proto in graph.node])
-    for node in own:
-        node.index = len(nodes)
-        nodes.append(node)
+def _read(graph: onnx.GraphProto) -> tuple[Node, ...]:
+    """The nodes of `graph` in topological order, with those of the bodies in it."""
+    nodes = _topological([Node(proto) for proto in graph.node])
+    for node in nodes:
         if any(True for _ in bodies(node.proto)):
             node.bodies = tuple(
-                _body(attribute.name, inner, nodes)
+                _body(attribute.name, inner)
                 for attribute in node.proto.attribute
                 for inner in ((attribute.g,) if attribute.HasField("g") else attribute.graphs)
             )
-    return own
+    return nodes
 
 
-def _body(attribute: str, graph: onnx.GraphProto, nodes: list[Node]) -> Body:
+def _body(attribute: str, graph: onnx.GraphProto) -> Body:
     inputs, outputs = (tuple(v.name for v in values) for values in (graph.input, graph.output))
-    return Body(attribute, graph, _number(graph, nodes), inputs, outputs)
+    return Body(attribute, graph, _read(graph), inputs, outputs)
+
+
+def _number(own: Iterable[Node], nodes: list[Node]) -> None:
+    """Append nodes, and behind each those of its bodies, to `nodes`."""
+    for node in own:
+        node.index = len(nodes)
+        nodes.append(node)
+        for body in node.bodies:
+            _number(body.nodes, nodes)
 
 
 def captured_by(proto: onnx.NodeProto) -> Iterator[str]:

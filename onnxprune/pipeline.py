@@ -19,7 +19,7 @@ from onnxprune.analysis import (
     inspection,
     planned_frozen,
 )
-from onnxprune.cost import count_params
+from onnxprune.cost import WEIGHT_TYPES
 from onnxprune.errors import (
     InvalidDataError,
     InvalidModelError,
@@ -290,7 +290,8 @@ def _check_ranking(ranking: str | None) -> None:
 
 
 def _check_prunable(analysis: Analysis) -> None:
-    if count_params(analysis.coupling.graph.model) == 0:
+    constants = analysis.coupling.graph.constants.values()
+    if not any(c.dtype in WEIGHT_TYPES and c.size for c in constants):
         raise InvalidModelError(
             "the model has no weights of a type that can be pruned "
             "(float or 8- and 4-bit integers): "

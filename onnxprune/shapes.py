@@ -83,7 +83,7 @@ class Shapes:
 def infer(graph: Graph) -> Shapes:
     """Find the shape of every tensor of `graph`."""
     skeleton = _skeleton(graph)
-    free = _free_dims(graph.model)
+    free = _free_dims(graph)
     best: tuple[int, Shapes] | None = None
     for small, large in SIZES:
         first, types = _at(graph, skeleton, _assign(free, *small))
@@ -100,12 +100,11 @@ def infer(graph: Graph) -> Shapes:
     return best[1]
 
 
-def _free_dims(model: onnx.ModelProto) -> dict[tuple[str, int], tuple[str, bool]]:
+def _free_dims(graph: Graph) -> dict[tuple[str, int], tuple[str, bool]]:
     """(input, axis) of each free dimension -> (its symbol, whether it leads its input)."""
-    constants = {t.name for t in model.graph.initializer}
     free: dict[tuple[str, int], tuple[str, bool]] = {}
-    for value in model.graph.input:
-        if value.name in constants:
+    for value in graph.model.graph.input:
+        if value.name in graph.constants:
             continue
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if not dim.HasField("dim_value") or dim.dim_value <= 0:
@@ -134,9 +133,8 @@ def _skeleton(graph: Graph) -> onnx.ModelProto:
     _drop_all_data(model.graph.node)
     model.graph.input.extend(source.graph.input)
     model.graph.output.extend(onnx.ValueInfoProto(name=o.name) for o in source.graph.output)
-    main = {tensor.name for tensor in source.graph.initializer}
-    for constant in graph.constants.values():
-        if constant.name in main:
+    for constant in (graph.constants[tensor.name] for tensor in graph.initializers):
+        if constant.node is None:
             small = constant.size <= DATA_LIMIT
             model.graph.initializer.append(constant.tensor if small else _empty(constant.tensor))
     return model

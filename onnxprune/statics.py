@@ -18,7 +18,6 @@ from onnx import helper, numpy_helper
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.graph import FLOATS, Graph, Node
-from onnxprune.protos import copy_fields
 
 #: Operators that move or repeat elements and compute none.
 LAYOUT = frozenset(
@@ -69,7 +68,8 @@ def fold_statics(graph: Graph) -> Graph:
             freed |= part.freed
     if not folded:
         return graph
-    return Graph.of(_without(graph, gone, freed, folded))
+    gone |= {graph.producer[n].index for n in freed if graph.constants[n].node is not None}
+    return graph.without(gone, freed, folded.values())
 
 
 def _static_nodes(graph: Graph) -> list[Node]:
@@ -191,23 +191,4 @@ def _program(graph: Graph, part: _Part) -> onnx.ModelProto:
             tensor.name = name
     for name in part.results:
         model.graph.output.append(helper.make_empty_tensor_value_info(name))
-    return model
-
-
-def _without(
-    graph: Graph, gone: set[int], freed: set[str], folded: dict[str, onnx.TensorProto]
-) -> onnx.ModelProto:
-    """The model with `folded` as initializers, without the nodes and constants that made them."""
-    source = graph.model
-    model = onnx.ModelProto()
-    copy_fields(source, model, {"graph"})
-    copy_fields(source.graph, model.graph, {"node", "initializer", "value_info"})
-    dropped = gone | {
-        graph.producer[name].index for name in freed if graph.constants[name].node is not None
-    }
-    made = {name for index in dropped for name in graph.nodes[index].outputs}
-    model.graph.node.extend(n.proto for n in graph.top if n.index not in dropped)
-    model.graph.initializer.extend(t for t in source.graph.initializer if t.name not in freed)
-    model.graph.initializer.extend(folded.values())
-    model.graph.value_info.extend(v for v in source.graph.value_info if v.name not in made)
     return model

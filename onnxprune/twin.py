@@ -212,7 +212,7 @@ def _model(twin: _Twin, nodes: list[onnx.NodeProto]) -> onnx.ModelProto:
     graph = model.graph
     graph.name = source.graph.name or "graph"
     graph.node.extend(nodes)
-    graph.initializer.extend(source.graph.initializer)
+    graph.initializer.extend(twin.coupling.graph.initializers)
     graph.initializer.extend(twin.tensors)
     graph.sparse_initializer.extend(source.graph.sparse_initializer)
     graph.input.extend(source.graph.input)

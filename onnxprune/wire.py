@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import onnx
 from onnx import TensorProto
 
 from onnxprune import io
+from onnxprune.graph import Graph
 from onnxprune.protos import copy_fields
 
 #: Below this many elements a tensor is small enough to be measured by serializing it.
@@ -19,17 +21,24 @@ _OTHERS = tuple(f for f in TensorProto.DESCRIPTOR.fields if f.name not in _KNOWN
 
 def model_bytes(model: onnx.ModelProto) -> int:
     """The length of `model.SerializeToString()`, also where that would exceed protobuf's 2 GiB."""
-    rest = onnx.ModelProto()
-    copy_fields(model, rest, {"graph"})
-    return int(rest.ByteSize()) + _field(_graph_bytes(model.graph))
+    return _total(model, model.graph.node, model.graph.initializer)
 
 
-def _graph_bytes(graph: onnx.GraphProto) -> int:
-    rest = onnx.GraphProto()
-    copy_fields(graph, rest, {"node", "initializer"})
-    total = int(rest.ByteSize())
-    total += sum(_field(node.ByteSize()) for node in graph.node)
-    return total + sum(_field(_tensor_bytes(tensor)) for tensor in graph.initializer)
+def graph_bytes(graph: Graph) -> int:
+    """The length of the model that `graph` is an index of."""
+    return _total(graph.model, [node.proto for node in graph.top], graph.initializers)
+
+
+def _total(
+    model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], tensors: Iterable[TensorProto]
+) -> int:
+    head, rest = onnx.ModelProto(), onnx.GraphProto()
+    copy_fields(model, head, {"graph"})
+    copy_fields(model.graph, rest, {"node", "initializer"})
+    inner = int(rest.ByteSize())
+    inner += sum(_field(node.ByteSize()) for node in nodes)
+    inner += sum(_field(_tensor_bytes(tensor)) for tensor in tensors)
+    return int(head.ByteSize()) + _field(inner)
 
 
 def _tensor_bytes(tensor: TensorProto) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from onnxprune.coupling import Coupling
-from onnxprune.graph import Constant, Node
+from onnxprune.graph import RAW_TYPES, Body, Constant, Node
 from onnxprune.labels import Layout
 from onnxprune.ops import REWRITES
 from onnxprune.plan import Slice
@@ -31,14 +31,41 @@ class Applied:
     slices: Mapping[str, Slice]
 
 
+@dataclass(frozen=True)
+class _Cut:
+    """What is left of a weight; it is computed when it is written."""
+
+    constant: Constant
+    name: str
+    cuts: Cuts
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        kept = {axis: int(np.count_nonzero(mask)) for axis, mask in self.cuts.items()}
+        return tuple(kept.get(axis, n) for axis, n in enumerate(self.constant.dims))
+
+    def write(self, target: onnx.TensorProto) -> None:
+        array = self.constant.array()
+        for axis, mask in sorted(self.cuts.items(), key=lambda cut: cut[1].mean()):
+            array = np.compress(mask, array, axis=axis)
+        if self.constant.dtype in RAW_TYPES:
+            target.name = self.name
+            target.dims.extend(array.shape)
+            target.raw_data = array.tobytes()
+        else:
+            target.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), self.name))
+        target.data_type = self.constant.dtype
+        target.doc_string = self.constant.tensor.doc_string
+
+
 @dataclass
 class _State:
     coupling: Coupling
     rewriter: Rewriter
     taken: set[str]
     aliases: Mapping[str, list[str]]
-    tensors: dict[str, onnx.TensorProto] = field(default_factory=dict)
-    added: list[onnx.TensorProto] = field(default_factory=list)
+    tensors: dict[str, onnx.TensorProto | _Cut] = field(default_factory=dict)
+    added: list[onnx.TensorProto | _Cut] = field(default_factory=list)
     inputs: dict[int, dict[int, str]] = field(default_factory=dict)
     slices: dict[str, Slice] = field(default_factory=dict)
 
@@ -115,20 +142,18 @@ def _slice_constant(state: _State, constant: Constant) -> None:
     for cuts, uses in variants.values():
         if not cuts:
             continue
-        array = constant.array()
-        for axis, mask in sorted(cuts.items(), key=lambda c: c[1].mean()):
-            array = np.compress(mask, array, axis=axis)
+        cut = _Cut(constant, constant.name, cuts)
         name = constant.name
         if own_name_free:
             own_name_free = False
-            state.tensors[name] = _tensor(array, constant, name)
+            state.tensors[name] = cut
         else:
             name = state.name(f"{constant.name}_pruned")
-            state.added.append(_tensor(array, constant, name))
+            state.added.append(replace(cut, name=name))
             for index, slot in uses:
                 state.rewire(index, slot, name)
         keep = {str(a): tuple(np.flatnonzero(m).tolist()) for a, m in cuts.items()}
-        state.slices[name] = Slice(constant.name, constant.dims, array.shape, keep)
+        state.slices[name] = Slice(constant.name, constant.dims, cut.dims, keep)
 
 
 def _other_uses(state: _State, name: str) -> bool:
@@ -141,11 +166,12 @@ def _other_uses(state: _State, name: str) -> bool:
     return bool(uses - passed - known) or any(n in graph.leaving for n in names)
 
 
-def _tensor(array: Array, constant: Constant, name: str) -> onnx.TensorProto:
-    tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
-    tensor.data_type = constant.dtype
-    tensor.doc_string = constant.tensor.doc_string
-    return tensor
+def _put(target: onnx.TensorProto, source: onnx.TensorProto | _Cut) -> None:
+    """Write a tensor where it belongs: a cut weight exists once only, in the result."""
+    if isinstance(source, _Cut):
+        source.write(target)
+    else:
+        target.CopyFrom(source)
 
 
 def _place_operands(state: _State, edits: Edits) -> None:
@@ -169,8 +195,9 @@ def _assemble(state: _State, edits: Edits) -> onnx.ModelProto:
     source = graph.model
     model = onnx.ModelProto()
     copy_fields(source, model, {"graph"})
-    _write_graph(state, edits, graph.top, source.graph, model.graph)
-    model.graph.initializer.extend(state.added)
+    _write_graph(state, edits, graph.top, source.graph, graph.initializers, model.graph)
+    for tensor in state.added:
+        _put(model.graph.initializer.add(), tensor)
     return model
 
 
@@ -179,17 +206,18 @@ def _write_graph(
     edits: Edits,
     nodes: Sequence[Node],
     source: onnx.GraphProto,
+    tensors: Iterable[onnx.TensorProto],
     target: onnx.GraphProto,
 ) -> None:
     """The model's graph, or a body, after pruning."""
     copy_fields(source, target, {"node", "initializer", "value_info"})
-    for tensor in source.initializer:
-        target.initializer.append(state.tensors.get(tensor.name, tensor))
+    for tensor in tensors:
+        _put(target.initializer.add(), state.tensors.get(tensor.name, tensor))
     _write_nodes(state, edits, nodes, target)
     target.value_info.extend(source.value_info)
     for values in (target.value_info, target.input, target.output):
         _write_values(state, values)
-    _drop_dead(source, target)
+    _drop_dead(nodes, target)
 
 
 def _write_nodes(
@@ -225,7 +253,7 @@ def _write_taken(state: _State, edits: Edits, node: Node, graph: onnx.GraphProto
     """The only branch that ever runs takes the place of its If; the other one no longer fits."""
     body = state.coupling.taken[node.index]
     for tensor in body.proto.initializer:
-        graph.initializer.append(state.tensors.get(tensor.name, tensor))
+        _put(graph.initializer.add(), state.tensors.get(tensor.name, tensor))
     _write_nodes(state, edits, body.nodes, graph)
     for inner, outer in zip(body.outputs, node.outputs, strict=True):
         if outer:
@@ -239,18 +267,20 @@ def _write_bodies(state: _State, edits: Edits, node: Node, proto: onnx.NodeProto
         copy = proto.attribute.add()
         copy_fields(attribute, copy, {"g", "graphs"})
         if attribute.HasField("g"):
-            body = next(inner)
-            _write_graph(state, edits, body.nodes, body.proto, copy.g)
+            _write_body(state, edits, next(inner), copy.g)
         for _ in attribute.graphs:
-            body = next(inner)
-            _write_graph(state, edits, body.nodes, body.proto, copy.graphs.add())
+            _write_body(state, edits, next(inner), copy.graphs.add())
+
+
+def _write_body(state: _State, edits: Edits, body: Body, target: onnx.GraphProto) -> None:
+    _write_graph(state, edits, body.nodes, body.proto, body.proto.initializer, target)
 
 
 def _edit_node(state: _State, edits: Edits, index: int, proto: onnx.NodeProto) -> None:
     if proto.op_type == "Constant" and proto.output[0] in state.tensors:
-        attribute = helper.make_attribute("value", state.tensors[proto.output[0]])
         del proto.attribute[:]
-        proto.attribute.append(attribute)
+        attribute = proto.attribute.add(name="value", type=onnx.AttributeProto.TENSOR)
+        _put(attribute.t, state.tensors[proto.output[0]])
     changed = edits.attributes.get(index, {})
     dropped = edits.dropped.get(index, set())
     if changed or dropped:
@@ -312,18 +342,16 @@ def _write_values(state: _State, values: Iterable[onnx.ValueInfoProto]) -> None:
                 dim.dim_value = after[axis]
 
 
-def _drop_dead(before: onnx.GraphProto, after: onnx.GraphProto) -> None:
+def _drop_dead(before: Sequence[Node], after: onnx.GraphProto) -> None:
     """Remove what only the replaced parts used; what was unused before is none of our business."""
-    used_before = {o.name for o in before.output}.union(*map(reads, before.node))
     used = {o.name for o in after.output}
-    for i in reversed(range(len(after.node))):
-        node = after.node[i]
+    used_before = used.union(*(reads(n.proto) if n.bodies else n.inputs for n in before))
+    for i, node in reversed(list(enumerate(after.node))):
         if used.isdisjoint(node.output) and not used_before.isdisjoint(node.output):
             del after.node[i]
         else:
             used.update(reads(node))
     inputs = {i.name for i in after.input}
-    for i in reversed(range(len(after.initializer))):
-        name = after.initializer[i].name
+    for i, name in reversed(list(enumerate(t.name for t in after.initializer))):
         if name not in used and name in used_before and name not in inputs:
             del after.initializer[i]

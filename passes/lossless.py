@@ -202,6 +202,6 @@ def _fold(analysis: Analysis, reads: Sequence[Read], keep: Mask) -> Edit | None:
         gone = ~keep[read.units]
         value = np.where(gone & np.isfinite(read.fixed), read.fixed, 0.0)
         if read.folds and value.any():
-            edit = edit or Edit(analysis.coupling.graph.model)
+            edit = edit or Edit(analysis.coupling.graph.whole())
             edit.absorb(read.node.index, value)
     return edit

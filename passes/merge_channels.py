@@ -38,7 +38,7 @@ def merged(
         else:
             sites.append((read, x))
     for first, others in _repeats(analysis, sites, barred):
-        edit = edit or Edit(analysis.coupling.graph.model)
+        edit = edit or Edit(analysis.coupling.graph.whole())
         for read, x in sites:
             goal = np.flatnonzero(read.units == first)
             for other in others if goal.size else ():

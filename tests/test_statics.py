@@ -69,13 +69,13 @@ def test_a_computed_weight_is_folded_and_pruned_exactly(name: str) -> None:
     model, shrinks = _model(name)
     graph = fold_statics(Graph.of(model))
     assert "f" in graph.constants
-    onnx.checker.check_model(graph.model, full_check=True)
+    onnx.checker.check_model(graph.whole(), full_check=True)
     feeds = runtime.random_feeds(model)
-    assert verify.difference(outputs(graph.model, feeds), outputs(model, feeds)) < 1e-6
+    assert verify.difference(outputs(graph.whole(), feeds), outputs(model, feeds)) < 1e-6
     pruned = prune_half(model, "exact")
     assert pruned.error <= TOLERANCE
     assert pruned.effect > 1e-3
-    before, after = shapes(graph.model), shapes(pruned.model)
+    before, after = shapes(graph.whole()), shapes(pruned.model)
     floats = {n for n in shrinks.split() if np.prod(after[n]) < np.prod(before[n])}
     assert floats == set(shrinks.split())
     assert verify.structure_problems(pruned.model, model) == []
