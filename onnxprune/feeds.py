@@ -153,7 +153,10 @@ def _shapes(
 def _symbols(
     inputs: Sequence[onnx.ValueInfoProto], sizes: Mapping[str, int], defaults: _Defaults
 ) -> dict[str, int]:
-    """The size of every named axis; a name that is anywhere first is a batch."""
+    """The size of every named axis; a name that is anywhere first is a batch.
+
+    total_N is past_N + N: so decoders with a cache name their axes.
+    """
     symbols: dict[str, int] = {}
     for first in (True, False):
         for value in inputs:
@@ -161,6 +164,10 @@ def _symbols(
                 if dim.dim_param and (axis == 0) is first:
                     default = defaults.size(value, axis)
                     symbols.setdefault(dim.dim_param, sizes.get(dim.dim_param, default))
+    for name in symbols.keys() - sizes.keys():
+        parts = name.replace("total_", "past_", 1), name.removeprefix("total_")
+        if name.startswith("total_") and symbols.keys() >= set(parts):
+            symbols[name] = sum(symbols[part] for part in parts)
     return symbols
 
 

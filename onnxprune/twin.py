@@ -48,7 +48,9 @@ class _Twin:
         return name
 
     def node(self, op_type: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(op_type, inputs, [output], name=output, **attributes))
+        self.nodes.append(
+            helper.make_node(op_type, inputs, [output], name=f"twin.{output}", **attributes)
+        )
         return output
 
 

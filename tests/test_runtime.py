@@ -347,3 +347,15 @@ def test_a_model_that_runs_on_no_input() -> None:
     proto = model("g (float[N,4] x) => (float[N,3] y) { y = Reshape(x, s) }", s=np.array([7, 3]))
     with pytest.raises(InvalidDataError, match="does not run on random inputs"):
         runtime.working_feeds(proto)
+
+
+def test_a_total_length_is_that_of_the_past_and_the_new() -> None:
+    proto = model(
+        "g (float[N,tokens] x, float[N,past_tokens] p, float[N,total_tokens] t)"
+        " => (float[N,total_tokens] y) { u = Concat<axis=1>(p, x)  y = Add(u, t) }"
+    )
+    shapes = {name: value.shape for name, value in runtime.random_feeds(proto).items()}
+    assert shapes == {"x": (2, 16), "p": (2, 16), "t": (2, 32)}
+    given = runtime.random_feeds(proto, sizes={"past_tokens": 3})
+    assert given["t"].shape == (2, 19)
+    assert runtime.random_feeds(proto, sizes={"total_tokens": 5})["t"].shape == (2, 5)
