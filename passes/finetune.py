@@ -11,9 +11,10 @@ import numpy as np
 import onnx
 
 from onnxprune.data import Batch, Dataset
-from onnxprune.errors import InvalidRecipeError
+from onnxprune.errors import InvalidRecipeError, TrainingError
 from onnxprune.progress import Progress, Silent
 from onnxprune.training import ensure_training
+from onnxprune.training.autodiff.local import LocalWorker
 from onnxprune.training.client import Worker
 from onnxprune.training.groups import ParameterGroup
 from onnxprune.training.loss import Distillation
@@ -24,6 +25,7 @@ __all__ = ["Augment", "Epoch", "Finetune", "FinetuneResult", "ParameterGroup"]
 
 Augment = Callable[[Batch, np.random.Generator], Batch]
 BatchNormMode = Literal["frozen", "batch"]
+Backend = Literal["auto", "worker", "builtin"]
 OptimizerName = Literal["adamw", "sgd"]
 
 
@@ -56,6 +58,8 @@ class Finetune:
         masked: keep weights at zero that are zero at the start.
         batchnorm: "frozen": BatchNormalization acts as in inference; "batch": it normalizes by the
             statistics of the batch, and running ones are collected, as in training from scratch.
+        backend: "worker": onnxruntime-training in a process of its own; "builtin": gradients as
+            plain ONNX operators, here; "auto": the first where it can be had.
         bn_momentum: share of the old running statistics that a batch keeps.
     """
 
@@ -82,6 +86,7 @@ class Finetune:
     masked: bool = False
     batchnorm: BatchNormMode = "frozen"
     bn_momentum: float = 0.9
+    backend: Backend = "auto"
     ema: float = 0.0
     groups: tuple[ParameterGroup, ...] = ()
 
@@ -96,6 +101,7 @@ class Finetune:
             "temperature": self.temperature > 0,
             "alpha": 0 <= self.alpha <= 1,
             "schedule": self.schedule in ("cosine", "linear", "constant"),
+            "backend": self.backend in ("auto", "worker", "builtin"),
             "ema": 0 <= self.ema < 1,
             "clip": self.clip >= 0,
             "batch_size": self.batch_size >= 1,
@@ -128,6 +134,17 @@ class Finetune:
             InvalidDataError: the data is empty or does not fit the model.
         """
         listener = progress or Silent()
-        place = ensure_training(listener)
-        with Worker(place) as worker:
-            return Run(self, student, teacher, data, val, listener, worker).result()
+        worker, notes = self._gradients(listener)
+        with worker:
+            return Run(self, student, teacher, data, val, listener, worker, notes).result()
+
+    def _gradients(self, progress: Progress) -> tuple[Worker | LocalWorker, list[str]]:
+        """Where gradients come from, and why from there."""
+        if self.backend == "builtin":
+            return LocalWorker(), []
+        try:
+            return Worker(ensure_training(progress)), []
+        except TrainingError as error:
+            if self.backend == "worker":
+                raise
+            return LocalWorker(), [f"gradients are computed by plain ONNX operators: {error}"]

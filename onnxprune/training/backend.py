@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.errors import TrainingError
-from onnxprune.training.client import Worker
 from onnxprune.training.draft import to_model
 from onnxprune.training.groups import ParameterGroup, rates_and_decays
 from onnxprune.training.legalise import TrainingGraph
@@ -23,15 +22,30 @@ NOISE = 1e-6
 LOSS_TOLERANCE = 2e-3
 
 
+class Gradients(Protocol):
+    """Where gradients come from: a worker process, or this one."""
+
+    def call(
+        self, op: str, arrays: Mapping[str, NDArray[Any]] | None = None, **head: Any
+    ) -> tuple[Header, Arrays]:
+        """Send one message and wait for the answer."""
+
+    def send(self, op: str, arrays: Mapping[str, NDArray[Any]] | None = None, **head: Any) -> None:
+        """Send one message."""
+
+    def receive(self) -> tuple[Header, Arrays]:
+        """The answer to the oldest message that has none yet."""
+
+
 class WorkerTrainer:
-    """Trains through a worker process; implements `Trainer`.
+    """Trains through a worker; implements `Trainer`.
 
     The parameters live in the worker. `options` are the optimizer's: its name and constants.
     """
 
     def __init__(
         self,
-        worker: Worker,
+        worker: Gradients,
         graph: TrainingGraph,
         *,
         optimizer: Mapping[str, Any],

@@ -31,6 +31,20 @@ def hard_swish(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto]:
     return b.nodes
 
 
+@rule("Gelu")
+def gelu(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto] | None:
+    """x -> x/2 (1 + tanh(k (x + c x^3))), which the builder differentiates like the exact one"""
+    if attributes(node).get("approximate", "none") == "none":
+        return None
+    b = Builder(draft, node)
+    x = node.input[0]
+    cube = b.op("Mul", b.op("Mul", b.op("Mul", x, x), x), 0.044715)
+    curve = b.op("Tanh", b.op("Mul", b.op("Add", x, cube), (2 / np.pi) ** 0.5))
+    gate = b.op("Add", b.op("Mul", curve, 0.5), 0.5)
+    b.op("Mul", x, gate, output=node.output[0])
+    return b.nodes
+
+
 @rule("Softplus")
 def softplus(node: onnx.NodeProto, draft: Draft) -> list[onnx.NodeProto]:
     """x -> max(x, 0) + log(1 + exp(-|x|)), which neither overflows nor loses small values"""

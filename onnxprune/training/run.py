@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,14 +18,13 @@ from onnxprune import runtime
 from onnxprune.data import Batch, Dataset
 from onnxprune.errors import InvalidDataError, TrainingError
 from onnxprune.progress import Progress
-from onnxprune.training.backend import WorkerTrainer
+from onnxprune.training.backend import Gradients, WorkerTrainer
 from onnxprune.training.checkpoint import (
     Checkpoint,
     fingerprint,
     load_checkpoint,
     save_checkpoint,
 )
-from onnxprune.training.client import Worker
 from onnxprune.training.legalise import TrainingGraph, legalise
 from onnxprune.training.loss import Objective, append_loss, loss_value, plan_objective
 from onnxprune.training.parameters import write_back
@@ -84,11 +83,12 @@ class Run:
         data: Dataset,
         val: Dataset | None,
         progress: Progress,
-        worker: Worker,
+        worker: Gradients,
+        notes: Sequence[str] = (),
     ) -> None:
         self.options, self.student, self.teacher_model = options, student, teacher
         self.data, self.val, self.progress = data, val, progress
-        self.notes: list[str] = []
+        self.notes = list(notes)
         self.threads = options.threads or os.cpu_count() or 1
         first = next(iter(data.batches(options.batch_size)), None)
         if first is None:
@@ -135,7 +135,7 @@ class Run:
         again = self.options.augment is None and self.options.epochs > 1
         return Teacher(self.teacher_model, outputs, threads=self.threads, remember=again)
 
-    def _make_trainer(self, worker: Worker) -> WorkerTrainer:
+    def _make_trainer(self, worker: Gradients) -> WorkerTrainer:
         options = self.options
         constants = {"momentum": options.momentum} if options.optimizer == "sgd" else {}
         zeros = (
@@ -161,7 +161,7 @@ class Run:
         expected = loss_value(self.objective, runtime.run(session, batch.feeds), feeds)
         self._note(self.trainer.check(feeds, expected, seed=self.options.seed))
 
-    def _use_batch_statistics(self, first: Batch, worker: Worker) -> None:
+    def _use_batch_statistics(self, first: Batch, worker: Gradients) -> None:
         """Train another form of the graph than the one that has been compared with inference."""
         self.graph = _differentiable(self.student, first, momentum=self.options.bn_momentum)
         append_loss(self.graph.draft, self.objective)

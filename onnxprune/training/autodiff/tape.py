@@ -16,6 +16,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxprune.training.autodiff.recurrent import unrolled
+
 Grad = str | None
 Dim = int | str | None
 Rule = Callable[[onnx.NodeProto, Sequence[Grad], "Tape"], Sequence[Grad]]
@@ -171,6 +173,7 @@ def gradient_model(model: onnx.ModelProto, trained: Sequence[str]) -> onnx.Model
     Raises:
         ValueError: an operator on the way has no rule, or the loss does not depend on a parameter.
     """
+    model = unrolled(model)
     tape = _tape(model, set(trained))
     loss = model.graph.output[0].name
     grads: dict[str, list[str]] = {loss: [tape.constant(np.ones((), np.float32))]}
