@@ -18,6 +18,7 @@ from onnxprune.result import Cost, FrozenRow, GroupRow, Inspection, LayerRow
 from onnxprune.rewriting import Mask, Rewriter
 from onnxprune.shapes import infer
 from onnxprune.statics import fold_statics
+from onnxprune.untie import untie_vectors
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def analyse(model: onnx.ModelProto, *, granularity: str = "head") -> Analysis:
     Raises:
         InvalidModelError: the graph is cyclic.
     """
-    graph = fold_statics(Graph.of(normalize(model)))
+    graph = untie_vectors(fold_statics(Graph.of(normalize(model))))
     coupling = couple(graph, infer(graph), granularity=granularity)
     return Analysis(model, coupling, find_groups(coupling), cost_model(coupling))
 

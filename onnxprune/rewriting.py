@@ -35,6 +35,7 @@ class Edits:
     overrides: dict[tuple[int, int], tuple[Array, Array]] = field(default_factory=dict)
     gathers: dict[int, tuple[str, int, Array]] = field(default_factory=dict)
     bypassed: set[int] = field(default_factory=set)
+    unrecorded: set[str] = field(default_factory=set)
     reshapes: dict[int, tuple[str, Array]] = field(default_factory=dict)
 
 
@@ -187,9 +188,13 @@ class Rewriter:
             self.fail(node, "a reshape with several free lengths")
         self.edits.reshapes[node.index] = (node.inputs[0], np.array(target, np.int64))
 
-    def bypass(self, *nodes: Node) -> None:
-        """These nodes become Identity."""
-        self.edits.bypassed.update(node.index for node in nodes)
+    def hoist_gather(
+        self, chain: Sequence[int], moves: Sequence[Node], axis: int, index: Array
+    ) -> None:
+        """The first move of a chain becomes a Gather, the others Identity; the rest follows it."""
+        self.replace_by_gather(moves[0], axis, index)
+        self.edits.bypassed.update(node.index for node in moves[1:])
+        self.edits.unrecorded.update(self.node(i).outputs[0] for i in chain[:-1])
 
     def fail(self, node: Node, words: str) -> None:
         """The pruned model cannot be expressed: the caller keeps the units concerned."""

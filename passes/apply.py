@@ -214,7 +214,7 @@ def _write_graph(
     for tensor in tensors:
         _put(target.initializer.add(), state.tensors.get(tensor.name, tensor))
     _write_nodes(state, edits, nodes, target)
-    target.value_info.extend(source.value_info)
+    target.value_info.extend(v for v in source.value_info if v.name not in edits.unrecorded)
     for values in (target.value_info, target.input, target.output):
         _write_values(state, values)
     _drop_dead(nodes, target)

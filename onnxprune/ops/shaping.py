@@ -180,8 +180,7 @@ def rewrite_reshape(node: Node, r: Rewriter) -> None:
         if len(moves) == len(shuffle.chain):
             r.replace_by_gather(node, shuffle.axis, index, source=shuffle.source)
         else:  # what lies between the moves treats all channels alike: it may follow the Gather
-            r.replace_by_gather(moves[0], shuffle.axis, index)
-            r.bypass(*moves[1:])
+            r.hoist_gather(shuffle.chain, moves, shuffle.axis, index)
         return
     if node.input(1):
         r.rewrite_shape(node, 1, None, reshape=True)
