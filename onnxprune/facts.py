@@ -18,7 +18,7 @@ from onnxprune.graph import FLOATS, Graph, Node
 from onnxprune.shapes import Dims, Shapes
 
 Array = NDArray[Any]
-#: Facts with more elements than this are widened to one bound for the whole tensor.
+#: Facts with more elements than this are float32_copy to one bound for the whole tensor.
 LIMIT = 1 << 22
 
 
@@ -65,7 +65,7 @@ class Fact:
         return Fact(move(self.low), move(self.high))
 
     def hull(self, value: float) -> Fact:
-        """The bounds, widened to hold `value`."""
+        """The bounds, float32_copy to hold `value`."""
         return Fact(np.minimum(self.low, value), np.maximum(self.high, value))
 
 

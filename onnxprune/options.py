@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """What `prune` was asked for."""
+    """What `prune` was asked for; `as_float32`: the model only runs as a float32 copy."""
 
     budget: Any
     limits: Any
@@ -25,6 +25,7 @@ class Options:
     check: bool
     seed: int
     threads: int | None
+    as_float32: bool = False
 
 
 @dataclass(frozen=True)

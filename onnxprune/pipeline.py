@@ -27,6 +27,7 @@ from onnxprune.errors import (
     OnnxPruneError,
     VerificationError,
 )
+from onnxprune.float32 import float32_copy, float32_feeds, needs_float32
 from onnxprune.groups import Group, matching_units
 from onnxprune.options import Options, Verified
 from onnxprune.plan import Plan, PlannedGroup, fingerprint
@@ -37,6 +38,7 @@ from onnxprune.reporting import make_report
 from onnxprune.result import CheckReport, Inspection, Result
 from onnxprune.rewriting import Mask
 from onnxprune.verify import (
+    FLOAT32_NOTE,
     Feeds,
     Verdict,
     default_tolerance,
@@ -144,7 +146,8 @@ def prune(
     with clock.stage("analyse", listener):
         whole = analyse(original)
         _check_prunable(whole)
-        feeds = _feeds(original, train, seed, threads)
+        options = replace(options, as_float32=needs_float32(original, threads))
+        feeds = _feeds(original, train, seed, threads, options.as_float32)
         analysis, first = without_dead(whole, lossless, feeds, options)
     with clock.stage("prune", listener):
         if budget.kind == "lossless":
@@ -219,14 +222,16 @@ def check(
     problems = structure_problems(candidate, original)
     sound = not problems
     dataset = _open(data, original)
-    feeds = _feeds(original, dataset, seed, threads)
+    as_float32 = needs_float32(original, threads)
+    feeds = _feeds(original, dataset, seed, threads, as_float32)
     error: float | None = None
     metrics: Mapping[str, float] = {}
     try:
-        sessions = [runtime.session(m, threads=threads) for m in (original, candidate)]
+        models = [float32_copy(m) if as_float32 else m for m in (original, candidate)]
+        sessions = [runtime.session(m, threads=threads) for m in models]
         outputs = [[list(runtime.run(s, f).values()) for f in feeds] for s in sessions]
         error = max(difference(y, x) for x, y in zip(*outputs, strict=True))
-        if dataset is not None:
+        if dataset is not None and not as_float32:
             metrics = evaluate(sessions[1], dataset, threads=threads, reference=sessions[0])
     except OnnxPruneError as failure:
         sound = False
@@ -239,7 +244,7 @@ def check(
         max_error=error,
         tolerance=tolerance,
         feeds=len(feeds),
-        reference="the original model",
+        reference="the original model" + (FLOAT32_NOTE if as_float32 else ""),
         agreement=metrics.get("agreement"),
         metrics=metrics,
         problems=tuple(problems),
@@ -308,7 +313,7 @@ def _open(source: Any, model: onnx.ModelProto) -> Dataset | None:
 
 
 def _feeds(
-    model: onnx.ModelProto, data: Dataset | None, seed: int, threads: int | None
+    model: onnx.ModelProto, data: Dataset | None, seed: int, threads: int | None, as_float32: bool
 ) -> list[Feeds]:
     """Inputs for the checks: random ones at two batch sizes, and real ones where there are some.
 
@@ -317,7 +322,9 @@ def _feeds(
     from onnxprune import runtime
 
     first = None if data is None else next(iter(data.batches(4)), None)
-    real = [] if first is None else [first.feeds]
+    real: list[Feeds] = [] if first is None else [first.feeds]
+    if as_float32:
+        model, real = float32_copy(model), [float32_feeds(feeds) for feeds in real]
     try:
         return [*runtime.working_feeds(model, seed=seed, threads=threads), *real]
     except InvalidDataError:
@@ -335,12 +342,14 @@ def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]
     coupling = analysis.coupling
     scores = score(coupling, options.criterion, seed=options.seed)
     fixed = matching_units(coupling, options.keep)
-    tolerance = default_tolerance(analysis.model)
+    tolerance = default_tolerance(analysis.model, options.as_float32)
     faulty: list[Group] = []
     notes: list[str] = []
 
     def judge(keep: Mask) -> Verdict:
-        return examine(coupling, keep, analysis.model, feeds, tolerance, options.threads)
+        return examine(
+            coupling, keep, analysis.model, feeds, tolerance, options.threads, options.as_float32
+        )
 
     for _ in range(MAX_REPAIRS):
         keep = select(
@@ -352,7 +361,7 @@ def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]
             return Verified(keep, apply_keep(coupling, keep), None, tuple(notes))
         verdict = judge(keep)
         if verdict.applied is not None and verdict.sound:
-            report = _check_report(verdict, tolerance, feeds, faulty)
+            report = _check_report(verdict, tolerance, feeds, faulty, options.as_float32)
             return Verified(keep, verdict.applied, report, tuple(notes))
         blamed = find_faulty(analysis.groups, keep, lambda k: judge(k).sound)
         if not blamed:
@@ -372,7 +381,11 @@ def _nothing(options: Options) -> str:
 
 
 def _check_report(
-    verdict: Verdict, tolerance: float, feeds: Sequence[Feeds], faulty: Sequence[Group]
+    verdict: Verdict,
+    tolerance: float,
+    feeds: Sequence[Feeds],
+    faulty: Sequence[Group],
+    as_float32: bool,
 ) -> CheckReport:
     return CheckReport(
         passed=verdict.sound,
@@ -380,7 +393,7 @@ def _check_report(
         max_error=verdict.error,
         tolerance=tolerance,
         feeds=len(feeds),
-        reference="the masked twin",
+        reference="the masked twin" + (FLOAT32_NOTE if as_float32 else ""),
         problems=verdict.problems,
         faulty=tuple(g.name for g in faulty),
     )

@@ -112,6 +112,8 @@ def _with_latency(
     """Both latencies, measured in turns so that they share what else the machine does."""
     from onnxprune import runtime
 
+    if options.as_float32:
+        return before, after
     sessions = [runtime.session(m, threads=options.threads) for m in (original, rebuilt)]
     times = runtime.latencies_ms([(s, feeds[0]) for s in sessions])
     return replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
