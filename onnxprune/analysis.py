@@ -10,6 +10,7 @@ import onnx
 from onnxprune.bodies import separate_bodies
 from onnxprune.cost import WEIGHT_TYPES, CostModel, cost_model, count_params, size_bytes
 from onnxprune.coupling import Coupling, couple
+from onnxprune.granularity import HEADS, Granularity
 from onnxprune.graph import Graph, Node
 from onnxprune.groups import Group, find_groups
 from onnxprune.labels import Block
@@ -48,7 +49,7 @@ def normalize(model: onnx.ModelProto) -> onnx.ModelProto:
     return separate_bodies(model)
 
 
-def analyse(model: onnx.ModelProto, *, granularity: str = "head") -> Analysis:
+def analyse(model: onnx.ModelProto, *, granularity: Granularity = HEADS) -> Analysis:
     """Interpret `model`; it is only read.
 
     Raises:

@@ -99,6 +99,27 @@ RankingOption = Annotated[
         rich_help_panel=CHOICE,
     ),
 ]
+GranularityOption = Annotated[
+    str,
+    typer.Option(
+        help="Pieces to remove, comma-separated: head, or head-dim (the same channels of every "
+        "head); expert (whole experts too); vocab (embedding rows too).",
+        rich_help_panel=CHOICE,
+        metavar="NAMES",
+    ),
+]
+VocabKeep = Annotated[
+    Path | None,
+    typer.Option(
+        help="With vocab: the ids that stay, one a line or a JSON list.",
+        rich_help_panel=CHOICE,
+        metavar="FILE",
+    ),
+]
+VocabUnknown = Annotated[
+    int,
+    typer.Option(help="With vocab: the id as which all others are read.", rich_help_panel=CHOICE),
+]
 RoundTo = Annotated[
     int,
     typer.Option(help="Kept widths are multiples of N where possible.", rich_help_panel=CHOICE),
@@ -210,6 +231,9 @@ def prune(
     round_to: RoundTo = 1,
     min_keep: MinKeep = 0.1,
     ranking: RankingOption = None,
+    granularity: GranularityOption = "head",
+    vocab_keep: VocabKeep = None,
+    vocab_unknown: VocabUnknown = 0,
     keep: Keep = None,
     data: Data = None,
     val: Val = None,
@@ -245,6 +269,9 @@ def prune(
             round_to=round_to,
             min_keep=min_keep,
             ranking=None if ranking is None else ranking.value,
+            granularity=granularity,
+            vocab_keep=vocab_keep,
+            vocab_unknown=vocab_unknown,
             keep=tuple(keep or ()),
             data=data,
             val=val,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune.granularity import HEADS, Granularity
 from onnxprune.graph import Body, Constant, Graph, Node
 from onnxprune.labels import Block, Factor, Labels, Layout, Solution, System
 from onnxprune.shapes import Dims, Shapes
@@ -121,6 +122,10 @@ class Coupling:
     settled: Mapping[int, tuple[Block, dict[int, Labels]]]
     notes: Mapping[int, Labels]
     keepers: tuple[Labels, ...]
+    quotas: tuple[tuple[Labels, int], ...]
+    numbers: Mapping[str, Labels]
+    lookups: Mapping[int, Labels]
+    granularity: Granularity
     interpreted: frozenset[int]
     taken: Mapping[int, Body]
     decoders: Mapping[str, Decoder]
@@ -132,7 +137,7 @@ class Interpreter:
 
     graph: Graph
     shapes: Shapes
-    granularity: str = "head"
+    granularity: Granularity = HEADS
     system: System = field(default_factory=System)
     layouts: dict[str, Layout] = field(default_factory=dict)
     constants: dict[str, dict[Use, dict[int, Labels]]] = field(default_factory=dict)
@@ -148,6 +153,10 @@ class Interpreter:
     notes: dict[int, Labels] = field(default_factory=dict)
     keepers: list[Labels] = field(default_factory=list)
     decoders: dict[str, Decoder] = field(default_factory=dict)
+    quotas: list[tuple[Labels, int]] = field(default_factory=list)
+    numbers: dict[str, Labels] = field(default_factory=dict)
+    lookups: dict[int, Labels] = field(default_factory=dict)
+    vocabulary: frozenset[int] = frozenset()
     interpreted: set[int] = field(default_factory=set)
     taken: dict[int, Body] = field(default_factory=dict)
     static: set[str] = field(default_factory=set)
@@ -291,10 +300,10 @@ class Interpreter:
             self.system.inexact(labels, node.index, words)
             self.statistics.append(Statistic(node.index, labels))
 
-    def prefer(self, labels: Labels | None) -> None:
+    def prefer(self, labels: Labels | None, weight: int = 1) -> None:
         """Where a product axis must choose one of its factors, choose the one with these labels."""
         if labels is not None:
-            self.system.prefer(labels)
+            self.system.prefer(labels, weight)
 
     def contract(self, node: Node, slot: int, axis: int, zero: int = -1) -> Labels | None:
         """Input `slot` is summed over `axis`; input `zero` holds what counts as zero there."""
@@ -313,6 +322,11 @@ class Interpreter:
         """The node makes these channels: they are one layer's width."""
         if labels is not None:
             self.products.append((node.index, labels))
+
+    def must_keep_several(self, labels: Labels | None, count: int) -> None:
+        """At least `count` of these labels have to survive."""
+        if labels is not None:
+            self.quotas.append((labels, count))
 
     def must_keep(self, node: Node, labels: Labels | None) -> None:
         """At least one of these labels has to survive, or an empty tensor would arise."""
@@ -382,11 +396,15 @@ class Interpreter:
             self.freeze(node, block.labels, words)
 
 
-def couple(graph: Graph, shapes: Shapes, *, granularity: str = "head") -> Coupling:
+def couple(graph: Graph, shapes: Shapes, *, granularity: Granularity = HEADS) -> Coupling:
     """Interpret `graph` once, forwards, and solve the ties."""
     from onnxprune.ops import interpret_node
 
     state = Interpreter(graph, shapes, granularity)
+    if granularity.vocabulary is not None:
+        from onnxprune.vocabulary import find_lookups
+
+        state.vocabulary = find_lookups(graph, granularity.vocabulary)
     _label_inputs(state)
     for node in graph.top:
         interpret_node(state, node)
@@ -416,6 +434,10 @@ def couple(graph: Graph, shapes: Shapes, *, granularity: str = "head") -> Coupli
         settled=state.settled,
         notes=state.notes,
         keepers=tuple(state.keepers),
+        quotas=tuple(state.quotas),
+        numbers=state.numbers,
+        lookups=state.lookups,
+        granularity=granularity,
         interpreted=frozenset(state.interpreted),
         taken=state.taken,
         decoders=state.decoders,
@@ -447,3 +469,5 @@ def _freeze_outputs(state: Interpreter) -> None:
         for element in state.lengths.get(name, ()):
             for labels in element:
                 state.system.freeze(labels, -1, f"its length is in model output {name!r}")
+    for name in state.numbers.keys() & state.graph.leaving:
+        state.system.freeze(state.numbers[name], -1, f"numbered by output {name!r}")

@@ -83,7 +83,9 @@ class System:
         self._edges: list[tuple[Labels, Labels]] = []
         self._frozen: list[tuple[Labels, Labels]] = []
         self._inexact: list[tuple[Labels, int]] = []
-        self._votes: list[Labels] = []
+        self._votes: list[tuple[Labels, int]] = []
+        self._claims: list[Labels] = []
+        self._reserved: list[tuple[Labels, int, str]] = []
 
     def fresh(self, *shape: int) -> Labels:
         """New labels, tied to nothing."""
@@ -136,12 +138,21 @@ class System:
         if free.size:
             self._inexact.append((free, self.reason(node, words)))
 
-    def prefer(self, labels: Labels) -> None:
-        """Where a factor must be chosen, choose the one with these labels."""
-        self._votes.append(labels[labels > 0])
+    def prefer(self, labels: Labels, weight: int = 1) -> None:
+        """Where a factor must be chosen, choose the one with these labels: that with most votes."""
+        self._votes.append((labels[labels > 0], weight))
+
+    def claim(self, labels: Labels) -> None:
+        """These labels may go as they are: what `reserve` says of them does not hold."""
+        self._claims.append(labels[labels > 0])
+
+    def reserve(self, labels: Labels, node: int, words: str) -> None:
+        """Labels that stay because of `words` unless they are claimed or part of a factor."""
+        self._reserved.append((labels[labels > 0], node, words))
 
     def solve(self) -> Solution:
         """Choose a factor for every product axis, and number the units."""
+        self._freeze_reserved()
         pending = list(self.factors)
         for stage in ("certain", "voted", "any"):
             if not pending:
@@ -158,6 +169,19 @@ class System:
                     self._decide(factor, choice)
             pending = later
         return self._number()
+
+    def _freeze_reserved(self) -> None:
+        if not self._reserved:
+            return
+        parts = _components(self.size, self._edges)
+        free = np.zeros(self.size, bool)
+        for labels in self._claims:
+            free[parts[labels]] = True
+        for factor in self.factors:
+            for labels in (factor.labels, *factor.factors):
+                free[parts[labels[labels > 0]]] = True
+        for labels, node, words in self._reserved:
+            self.freeze(labels[~free[parts[labels]]], node, words)
 
     def _decide(self, factor: Factor, axis: int) -> None:
         labels = np.moveaxis(factor.labels, axis, 0)
@@ -180,8 +204,8 @@ class System:
 
     def _count_votes(self, parts: Labels) -> Labels:
         votes = np.zeros(self.size, np.int32)
-        for labels in self._votes:
-            votes[parts[labels]] += 1
+        for labels, weight in self._votes:
+            votes[parts[labels]] += weight
         return votes
 
     def _number(self) -> Solution:

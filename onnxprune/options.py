@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from onnxprune.granularity import Granularity
 from onnxprune.result import CheckReport
 from onnxprune.rewriting import Mask
 
@@ -20,6 +21,7 @@ class Options:
     limits: Any
     criterion: str
     keep: tuple[str, ...]
+    granularity: Granularity
     finetune: int
     max_drop: float | None
     check: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -28,6 +28,8 @@ from onnxprune.errors import (
     VerificationError,
 )
 from onnxprune.float32 import float32_copy, float32_feeds, needs_float32
+from onnxprune.granularity import Granularity
+from onnxprune.granularity import parse as parse_granularity
 from onnxprune.groups import Group, matching_units
 from onnxprune.options import Options, Verified
 from onnxprune.plan import Plan, PlannedGroup, fingerprint
@@ -84,6 +86,9 @@ def prune(
     round_to: int = 1,
     min_keep: float = 0.1,
     ranking: Ranking | None = None,
+    granularity: str = "head",
+    vocab_keep: str | os.PathLike[str] | Iterable[int] | None = None,
+    vocab_unknown: int = 0,
     keep: Sequence[str] = (),
     data: Any = None,
     val: Any = None,
@@ -108,6 +113,10 @@ def prune(
         min_keep: the smallest share of a layer that is kept.
         ranking: "global": all channels compete; "isomorphic": those of layers of like shape do;
             "uniform": every layer loses the same share. None: uniform for `channels`, else global.
+        granularity: comma-separated: "head" (whole attention heads) or "head-dim" (channels inside
+            of heads), "expert" (whole experts too), "vocab" (rows of the input's embedding too).
+        vocab_keep: for "vocab": the ids that stay, or a file of them.
+        vocab_unknown: the id, one of these, as which all others are read.
         keep: names of nodes or weights that stay whole; shell wildcards.
         data: calibration or training data; see `onnxprune.data.open_data`.
         val: held-out data that the metrics are measured on; default `data`.
@@ -133,6 +142,7 @@ def prune(
         Limits(round_to, min_keep, scope, ranking),
         criterion,
         tuple(keep),
+        parse_granularity(granularity, vocab_keep, vocab_unknown),
         finetune,
         max_drop,
         check,
@@ -144,7 +154,7 @@ def prune(
         original = io.load(model)
         train, held_out = _open(data, original), _open(val if val is not None else data, original)
     with clock.stage("analyse", listener):
-        whole = analyse(original)
+        whole = analyse(original, granularity=options.granularity)
         _check_prunable(whole)
         options = replace(options, as_float32=needs_float32(original, threads))
         feeds = _feeds(original, train, seed, threads, options.as_float32)
@@ -189,7 +199,11 @@ def apply(model: Source, plan: Plan) -> onnx.ModelProto:
             "the plan was made for another model "
             f"({plan.model.get('name')!r}, {plan.model.get('nodes')} nodes)"
         )
-    analysis = replay_lossless(original) if plan.lossless else analyse(original)
+    granularity = Granularity.from_json(plan.options)
+    if plan.lossless:
+        analysis = replay_lossless(original, granularity)
+    else:
+        analysis = analyse(original, granularity=granularity)
     keep = _planned_keep(analysis.groups, plan, analysis.everything)
     if keep.all():
         return analysis.model
@@ -338,10 +352,13 @@ def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]
     from onnxprune.passes.apply import Applied, apply_keep
     from onnxprune.passes.score import score
     from onnxprune.passes.select import select
+    from onnxprune.vocabulary import decided_rows
 
     coupling = analysis.coupling
     scores = score(coupling, options.criterion, seed=options.seed)
     fixed = matching_units(coupling, options.keep)
+    stay, gone = decided_rows(coupling)
+    fixed = np.union1d(fixed, stay).astype(np.int32)
     tolerance = default_tolerance(analysis.model, options.as_float32)
     faulty: list[Group] = []
     notes: list[str] = []
@@ -353,7 +370,14 @@ def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]
 
     for _ in range(MAX_REPAIRS):
         keep = select(
-            coupling, analysis.groups, scores, analysis.cost, options.budget, options.limits, fixed
+            coupling,
+            analysis.groups,
+            scores,
+            analysis.cost,
+            options.budget,
+            options.limits,
+            fixed,
+            gone,
         )
         if keep.all():
             return Verified(keep, Applied(analysis.model, {}), None, (*notes, _nothing(options)))
@@ -368,6 +392,7 @@ def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]
             raise VerificationError("; ".join(verdict.problems))
         faulty += blamed
         fixed = np.union1d(fixed, units_of(blamed)).astype(np.int32)
+        gone = np.setdiff1d(gone, fixed)
         notes += [f"group {g.name} was kept: its pruning failed the check" for g in blamed]
     raise VerificationError(f"the pruned model was still wrong after {MAX_REPAIRS} repairs")
 
@@ -442,5 +467,6 @@ def _plan(analysis: Analysis, verified: Verified, options: Options) -> Plan:
             "scope": options.limits.scope,
             "criterion": options.criterion,
             "ranking": options.limits.ranking or default_ranking(options.budget),
+            **options.granularity.to_json(),
         },
     )

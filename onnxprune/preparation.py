@@ -10,6 +10,7 @@ import onnx
 
 from onnxprune.analysis import Analysis, analyse
 from onnxprune.errors import OnnxPruneError
+from onnxprune.granularity import HEADS, Granularity
 from onnxprune.options import Options, Verified
 from onnxprune.result import CheckReport
 from onnxprune.verify import Feeds
@@ -50,16 +51,16 @@ def without_dead(
         feeds=len(feeds),
         reference="the original model",
     )
-    analysis = analyse(found.model)
+    analysis = analyse(found.model, granularity=options.granularity)
     report = check if options.check else None
     return analysis, Verified(analysis.everything, Applied(found.model, {}), report, (words,))
 
 
-def replay_lossless(model: onnx.ModelProto) -> Analysis:
+def replay_lossless(model: onnx.ModelProto, granularity: Granularity = HEADS) -> Analysis:
     """The analysis of `model` without what does not matter, as a plan was made for it."""
     from onnxprune.passes.lossless import Lossless
 
-    return analyse(Lossless()(model).model)
+    return analyse(Lossless()(model).model, granularity=granularity)
 
 
 def scaled(budget: Budget, whole: Analysis, analysis: Analysis) -> Budget:

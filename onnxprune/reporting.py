@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 
 from onnxprune.analysis import Analysis, layer_rows, measured_cost
@@ -58,6 +59,7 @@ def make_report(
             "scope": options.limits.scope,
             "criterion": options.criterion,
             "ranking": options.limits.ranking or default_ranking(options.budget),
+            "granularity": options.granularity.names,
             "round_to": options.limits.round_to,
             "min_keep": options.limits.min_keep,
             "keep": list(options.keep),
@@ -90,6 +92,8 @@ def _layers(whole: Analysis, analysis: Analysis, keep: Mask) -> tuple[LayerRow, 
 
 
 def _reached(whole: Analysis, analysis: Analysis, keep: Mask, options: Options) -> float:
+    from onnxprune.vocabulary import decided_rows
+
     cost, full = analysis.cost, whole.cost
     if options.budget.kind == "macs":
         return cost.macs(keep) / max(full.macs(whole.everything), 1.0)
@@ -97,8 +101,10 @@ def _reached(whole: Analysis, analysis: Analysis, keep: Mask, options: Options) 
         return cost.params(keep) / max(full.params(whole.everything), 1.0)
     if options.budget.kind == "size-mb":
         return cost.size_mb(keep)
-    left = sum(int(keep[g.units].sum()) * g.width for g in analysis.groups)
-    return left / max(sum(g.size * g.width for g in analysis.groups), 1) if analysis.groups else 1.0
+    _, gone = decided_rows(analysis.coupling)
+    groups = [g for g in analysis.groups if not np.isin(g.units, gone).any()]
+    left = sum(int(keep[g.units].sum()) * g.width for g in groups)
+    return left / sum(g.size * g.width for g in groups) if groups else 1.0
 
 
 def _with_latency(

@@ -37,6 +37,7 @@ class Edits:
     bypassed: set[int] = field(default_factory=set)
     unrecorded: set[str] = field(default_factory=set)
     reshapes: dict[int, tuple[str, Array]] = field(default_factory=dict)
+    remaps: dict[int, Array] = field(default_factory=dict)
 
 
 class Rewriter:

@@ -24,6 +24,7 @@ from onnxprune.labels import Labels, Layout
 from onnxprune.ops import REWRITES
 from onnxprune.protos import bodies
 from onnxprune.rewriting import Mask, Rewriter
+from onnxprune.vocabulary import redirect
 
 Array = NDArray[Any]
 Cuts = dict[int, Mask]
@@ -85,6 +86,8 @@ def _emit(
             use = (node.index, slot)
             if use in masks:
                 copy.input[slot] = _masked(twin, node, slot, masks[use], twin.zeros[use])
+        if node.index in twin.coupling.lookups:
+            _redirect(twin, node, copy)
         twin.nodes.append(copy)
     made, twin.nodes = twin.nodes, outer
     return made
@@ -158,7 +161,12 @@ def _compact(twin: _Twin, node: Node, copy: onnx.NodeProto) -> None:
     twin.nodes.append(copy)
     for i, name in enumerate(node.outputs):
         cuts = _cuts(twin, twin.coupling.layouts.get(name, ()))
-        if cuts:
+        if name in twin.coupling.numbers:
+            copy.output[i] = f"{node.index}.{i}.compact"
+            kept = np.flatnonzero(twin.rewriter.mask(twin.coupling.numbers[name]))
+            place = twin.constant(f"{node.index}.{i}.place", kept)
+            twin.node("Gather", [place, copy.output[i]], name)
+        elif cuts:
             inner = copy.output[i] = f"{node.index}.{i}.inner"
             for axis, mask in cuts[:-1]:
                 inner = _spread(twin, node, inner, f"{inner}.{axis}", axis, mask, i)
@@ -175,6 +183,15 @@ def _fit_attributes(twin: _Twin, node: Node, copy: onnx.NodeProto) -> None:
         rest = [a for a in copy.attribute if a.name != name]
         del copy.attribute[:]
         copy.attribute.extend([*rest, helper.make_attribute(name, value)])
+
+
+def _redirect(twin: _Twin, node: Node, copy: onnx.NodeProto) -> None:
+    """Ids that go are read as the unknown one."""
+    vocabulary = twin.coupling.granularity.vocabulary
+    mask = twin.rewriter.mask(twin.coupling.lookups[node.index])
+    if vocabulary is not None and not mask.all():
+        table = twin.constant(f"{node.index}.ids", redirect(mask, vocabulary.unknown))
+        copy.input[1] = twin.node("Gather", [table, node.inputs[1]], f"{node.index}.redirected")
 
 
 def _cuts(twin: _Twin, layout: Layout) -> list[tuple[int, Mask]]:

@@ -241,6 +241,8 @@ def _write_nodes(
             override = edits.overrides.get((node.index, slot))
             if override is not None:
                 graph.node.append(_where(state, node.index, slot, *override))
+        if node.index in edits.remaps:
+            graph.node.append(_remap(state, node.index, edits.remaps[node.index]))
         proto = graph.node.add()
         if node.bodies:
             _write_bodies(state, edits, node, proto)
@@ -308,6 +310,15 @@ def _reshape(state: _State, index: int, source: str, target: Array) -> onnx.Node
     name = state.name(f"{node.outputs[0]}_shape")
     state.added.append(numpy_helper.from_array(target, name))
     return helper.make_node("Reshape", [source, name], list(node.outputs), name=node.proto.name)
+
+
+def _remap(state: _State, index: int, table: Array) -> onnx.NodeProto:
+    """Ids pass through `table` before the lookup in input 1."""
+    node = state.coupling.graph.nodes[index]
+    name, fresh = state.name(f"{node.outputs[0]}_remap"), state.name(f"{node.outputs[0]}_ids")
+    state.added.append(numpy_helper.from_array(table, name))
+    state.rewire(index, 1, fresh)
+    return helper.make_node("Gather", [name, node.inputs[1]], [fresh], name=fresh)
 
 
 def _where(state: _State, index: int, slot: int, mask: Array, target: Array) -> onnx.NodeProto:

@@ -108,7 +108,8 @@ def select(
     if budget.kind == "channels" and ranking == "uniform":
         counts = [_rounded(c, round(c.size * budget.value + 1e-9), limits) for c in choices]
         return _repair(coupling, _mask(base, choices, counts), scores)
-    measure = _measure(budget, groups, cost)
+    ranked = [g for g in groups if not np.isin(g.units, gone).any()]
+    measure = _measure(budget, ranked, cost)
     target = budget.value if budget.kind == "size-mb" else budget.value * measure(whole)
     order = _order(coupling, choices, scores, cost, budget, ranking)
 
@@ -181,6 +182,12 @@ def _repair(coupling: Coupling, keep: Mask, scores: Scores) -> Mask:
         members = unit[np.maximum(labels, 0)]
         if members.size and not keep[members].any():
             keep[members[np.argmax(scores[members])]] = True
+    for labels, least in coupling.quotas:
+        members = np.unique(unit[np.maximum(labels, 0)])
+        out = members[~keep[members]]
+        missing = min(least, members.size) - int(keep[members].sum())
+        if missing > 0:
+            keep[out[np.argsort(-scores[out], kind="stable")[:missing]]] = True
     return keep
 
 

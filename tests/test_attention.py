@@ -8,6 +8,7 @@ import pytest
 
 from onnxprune import runtime, verify
 from onnxprune.analysis import analyse
+from onnxprune.granularity import Granularity
 from onnxprune.passes.apply import apply_keep
 from onnxprune.pipeline import inspect
 from tests.graphs import TOLERANCE, prune_half, shapes
@@ -395,7 +396,7 @@ def test_a_quantized_cache_keeps_its_heads() -> None:
 
 def test_heads_can_be_kept_and_their_channels_removed() -> None:
     row = next(r for r in STANDARD if r.name == "3d")
-    analysis = analyse(row.model(), granularity="channel")
+    analysis = analyse(row.model(), granularity=Granularity(head_dims=True))
     assert sorted(g.size for g in analysis.groups) == [4, 4]
     keep = analysis.everything
     for group in analysis.groups:

@@ -226,6 +226,9 @@ class TestPrune:
             "round_to": 1,
             "min_keep": 0.1,
             "ranking": None,
+            "granularity": "head",
+            "vocab_keep": None,
+            "vocab_unknown": 0,
             "keep": (),
             "data": None,
             "val": None,
@@ -241,8 +244,10 @@ class TestPrune:
         call = library("prune", result())
         command = (
             "prune in.onnx out.onnx --size-mb 2.5 --scope exact --criterion fpgm --round-to 8 "
-            "--min-keep 0.2 --keep stem* --keep head* --data d.npz --val v.npz --finetune 3 "
-            "--max-drop 1 --seed 7 --threads 2 -q"
+            "--min-keep 0.2 --ranking isomorphic "
+            "--granularity head-dim,vocab --vocab-keep ids.txt --vocab-unknown 3 "
+            "--keep stem* --keep head* --data d.npz --val v.npz --finetune 3 --max-drop 1 "
+            "--seed 7 --threads 2 -q"
         )
         assert cli.main(command.split()) == 0
         del call.options["progress"]
@@ -255,7 +260,10 @@ class TestPrune:
             "criterion": "fpgm",
             "round_to": 8,
             "min_keep": 0.2,
-            "ranking": None,
+            "ranking": "isomorphic",
+            "granularity": "head-dim,vocab",
+            "vocab_keep": Path("ids.txt"),
+            "vocab_unknown": 3,
             "keep": ("stem*", "head*"),
             "data": "d.npz",
             "val": "v.npz",

@@ -15,6 +15,7 @@ from onnxprune.ops import (
     lengths,
     lookup,
     normalization,
+    numbers,
     packed,
     quantization,
     quantized,
@@ -58,6 +59,7 @@ def interpret_node(state: Interpreter, node: Node) -> None:
     if node.op_type == "Identity" and state.constant(node, 0) is not None:
         state.aliases[node.outputs[0]] = state.aliases.get(node.inputs[0], node.inputs[0])
         return
+    numbers.follow(state, node)
     if lengths.follow(state, node):
         return
     entry = find(node, state.graph.opsets.get(node.domain, 1))

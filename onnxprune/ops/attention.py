@@ -16,6 +16,7 @@ import numpy as np
 from onnxprune.coupling import Interpreter
 from onnxprune.graph import Node
 from onnxprune.labels import Labels
+from onnxprune.ops.choices import prefer_heads
 from onnxprune.ops.registry import rewrite, rule
 from onnxprune.rewriting import Rewriter
 from onnxprune.shapes import Dims
@@ -56,8 +57,7 @@ def heads_of(node: Node, c: Interpreter, sizes: Sizes, frozen: str = "") -> Head
     key, value = c.system.fresh(sizes.key), c.system.fresh(sizes.value)
     if frozen:
         c.freeze(node, np.concatenate([key, value]), frozen)
-    for labels in (query, shared) if c.granularity == "head" else (key, value):
-        c.prefer(labels)
+    prefer_heads(node, c, (query, shared), (key, value))
     c.keep_labels(node, np.concatenate([query, shared, key, value]))
     return Heads(query, shared, key, value)
 

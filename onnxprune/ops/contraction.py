@@ -10,6 +10,7 @@ import numpy as np
 from onnxprune.coupling import Interpreter
 from onnxprune.graph import Node
 from onnxprune.labels import Labels
+from onnxprune.ops.choices import experts, prefer_heads
 from onnxprune.ops.registry import rewrite, rule
 from onnxprune.rewriting import Rewriter
 
@@ -209,18 +210,25 @@ def product(
     c.tie(node, inner, c.axis(node, slot, right[max(len(right) - 2, 0)]))
     out = c.out_dims(node)
     found: dict[int, Labels | None] = {}
+    weight = slot if c.is_static(node, slot) else 0 if c.is_static(node, 0) else -1
+    rows = c.axis(node, 0, left[-2]) if len(left) > 1 else None
+    columns = c.axis(node, slot, right[-1]) if len(right) > 1 else None
     batch = max(len(left), len(right)) - 2
     for i in range(1, batch + 1):
         a, b = (axes[-2 - i] if len(axes) >= 2 + i else None for axes in (left, right))
         found[batch - i] = _batch(node, c, slot, a, b)
-    rows = c.axis(node, 0, left[-2]) if len(left) > 1 else None
-    columns = c.axis(node, slot, right[-1]) if len(right) > 1 else None
+        own = b if weight == slot else a
+        if weight >= 0 and own is not None and c.dims(node, weight)[own] > 1:
+            experts(node, c, found[batch - i], (inner, rows if weight == 0 else columns))
+        elif weight >= 0:
+            c.prefer(found[batch - i])
+    if weight < 0:
+        prefer_heads(node, c, tuple(found.values()), (inner, rows, columns))
     if len(left) > 1:
         found[len(out) - (2 if len(right) > 1 else 1)] = rows
     if len(right) > 1:
         found[len(out) - 1] = columns
     c.set(node, found)
-    weight = slot if c.is_static(node, slot) else 0 if c.is_static(node, 0) else -1
     if weight >= 0:
         c.produce(node, columns if weight == slot else rows)
     heads = tuple(v for i, v in found.items() if i < batch)
@@ -236,10 +244,7 @@ def _batch(node: Node, c: Interpreter, slot: int, a: int | None, b: int | None) 
     right = c.axis(node, slot, b) if b is not None and wide_b else None
     if wide_a and wide_b:
         c.tie(node, left, right)
-    labels = left if left is not None else right
-    if c.granularity == "head":
-        c.prefer(labels)
-    return labels
+    return left if left is not None else right
 
 
 @rule("Einsum")
@@ -266,12 +271,19 @@ def einsum(node: Node, c: Interpreter) -> None:
         share.append(known)
         if letter in result:
             found[result.index(letter)] = known
-            if summed and len(where) > 1:
-                c.prefer(known)
         else:
             c.contract(node, *where[0])
     c.set(node, found)
     weight = next((s for s in range(len(terms)) if c.is_static(node, s)), -1)
+    shared = [i for i, w in places.items() if summed and i in result and len(w) > 1]
+    within = [v for i, v in zip(places, share, strict=True) if i not in shared]
+    for letter in shared:
+        if weight >= 0 and letter in terms[weight]:
+            experts(node, c, found[result.index(letter)], within)
+        elif weight >= 0:
+            c.prefer(found[result.index(letter)])
+    if weight < 0:
+        prefer_heads(node, c, [found[result.index(letter)] for letter in shared], within)
     if weight >= 0:
         own = [
             i

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from onnxprune.coupling import Interpreter
 from onnxprune.graph import Node
 from onnxprune.labels import Labels, reduce_to_varying
+from onnxprune.ops.numbers import numbered
 from onnxprune.ops.registry import rewrite, rule
 from onnxprune.rewriting import Rewriter
 from onnxprune.shapes import Shapes
+from onnxprune.vocabulary import remap
 
 Array = NDArray[Any]
 
@@ -214,6 +216,12 @@ def _view(node: Node, c: Interpreter, labels: Labels) -> None:
 def _pick(
     node: Node, c: Interpreter, labels: Labels, index: Array | None, own: int
 ) -> dict[int, Labels | None]:
+    if node.index in c.vocabulary:
+        c.lookups[node.index] = labels
+        c.produce(node, labels)
+        return {}
+    if numbered(node, c, 1, labels):
+        return {}
     if index is None:
         c.freeze(node, labels, f"{node.title} looks it up with an index computed at run time")
         return {}
@@ -231,6 +239,10 @@ def rewrite_gather(node: Node, r: Rewriter) -> None:
     own = node.attr("axis", 0) % len(r.dims(node, 0))
     labels, index = r.labels(node, 0, own), r.value(node, 1)
     if labels is None or r.mask(labels).all():
+        return
+    vocabulary = r.coupling.granularity.vocabulary
+    if vocabulary is not None and node.index in r.coupling.lookups:
+        r.edits.remaps[node.index] = remap(r.mask(labels), vocabulary.unknown)
         return
     if index is None:
         if is_view(node, r.shapes):

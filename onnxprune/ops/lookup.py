@@ -7,6 +7,7 @@ import numpy as np
 from onnxprune.coupling import Interpreter
 from onnxprune.graph import Node
 from onnxprune.labels import Labels
+from onnxprune.ops.numbers import numbered
 from onnxprune.ops.registry import rewrite, rule
 from onnxprune.rewriting import Rewriter
 
@@ -18,7 +19,8 @@ def gather_elements(node: Node, c: Interpreter) -> None:
     found: dict[int, Labels | None] = {}
     for axis in range(len(c.dims(node, 0))):
         if axis == own:
-            c.freeze(node, c.axis(node, 0, axis), f"{node.title} looks it up by number")
+            if not numbered(node, c, 1, c.axis(node, 0, axis)):
+                c.freeze(node, c.axis(node, 0, axis), f"{node.title} looks it up by number")
             found[axis] = c.axis(node, 1, axis)
         else:
             found[axis] = _common(node, c, axis, 0, 1)
@@ -46,7 +48,9 @@ def scatter_elements(node: Node, c: Interpreter) -> None:
         if axis != own:
             found[axis] = _common(node, c, axis, 0, 1, 2)
             continue
-        for slot in range(3):
+        if numbered(node, c, 1, c.axis(node, 0, axis)):
+            found[axis] = c.axis(node, 0, axis)
+        for slot in range(0 if found.get(axis) is None else 1, 3):
             c.freeze(node, c.axis(node, slot, axis), f"{node.title} writes it by number")
     c.set(node, found)
 
@@ -126,7 +130,30 @@ def compress(node: Node, c: Interpreter) -> None:
     c.set(node, found)
 
 
-@rule("OneHot", "NonZero", "Unique", "NonMaxSuppression", "Range", "EyeLike", "Size")
+@rule("OneHot")
+def one_hot(node: Node, c: Interpreter) -> None:
+    """index[*D], depth, values[2] -> y[*D with one more axis of length depth]"""
+    rank = len(c.out_dims(node))
+    own = node.attr("axis", -1) % rank
+    labels, depth = c.numbers.get(node.inputs[0]), c.value(node, 1)
+    found = {a if a < own else a + 1: c.axis(node, 0, a) for a in range(rank - 1)}
+    if labels is not None and depth is not None and int(np.ravel(depth)[0]) == labels.size:
+        found[own] = labels
+    else:
+        c.freeze(node, labels, f"{node.title} depends on its order")
+    c.set(node, found)
+
+
+@rewrite("OneHot")
+def rewrite_one_hot(node: Node, r: Rewriter) -> None:
+    """The length of the new axis."""
+    own = node.attr("axis", -1) % len(r.out_dims(node))
+    before, after = r.out_dims(node)[own], r.out_dims_after(node)[own]
+    if before != after:
+        r.set_operand(node, 1, np.full(r.dims(node, 1), after, r.value_type(node, 1)))
+
+
+@rule("NonZero", "Unique", "NonMaxSuppression", "Range", "EyeLike", "Size")
 @rule("ArrayFeatureExtractor", domain="ai.onnx.ml")
 def data_dependent(node: Node, c: Interpreter) -> None:
     """outputs whose shape or meaning depends on positions: inputs stay as they are"""

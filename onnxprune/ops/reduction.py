@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from onnxprune.coupling import Interpreter
 from onnxprune.graph import Node
 from onnxprune.labels import Labels
+from onnxprune.ops.numbers import number
 from onnxprune.ops.registry import rule
 
 SUMS = ("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum")
@@ -62,7 +65,12 @@ def arg(node: Node, c: Interpreter) -> None:
     """x[*D] -> index along one axis"""
     rank = len(c.dims(node, 0))
     own = node.attr("axis", 0) % rank
-    c.freeze(node, c.axis(node, 0, own), f"{node.title} numbers it")
+    labels = c.axis(node, 0, own)
+    if c.granularity.experts:
+        c.inexact(node, labels, f"{node.title} chooses along it")
+        number(node, c, 0, labels)
+    else:
+        c.freeze(node, labels, f"{node.title} numbers it")
     _without(node, c, own, bool(node.attr("keepdims", 1)))
 
 
@@ -88,13 +96,27 @@ def cumulative(node: Node, c: Interpreter) -> None:
     c.set(node, {a: c.axis(node, 0, a) for a in range(rank)})
 
 
-@rule("TopK", "ReverseSequence")
+@rule("TopK")
+def top_k(node: Node, c: Interpreter) -> None:
+    """x[*D], k -> values[*D'], indices[*D'], the largest along one axis"""
+    rank = len(c.dims(node, 0))
+    own = node.attr("axis", -1) % rank
+    labels, k = c.axis(node, 0, own), c.value(node, 1) if node.input(1) else node.attr("k")
+    if not c.granularity.experts or k is None:
+        c.freeze(node, labels, f"{node.title} depends on its order")
+    else:
+        c.inexact(node, labels, f"{node.title} chooses along it")
+        c.must_keep_several(labels, int(np.ravel(k)[0]))
+        number(node, c, 1, labels)
+    for index in range(len(node.outputs)):
+        c.set(node, {a: c.axis(node, 0, a) for a in range(rank) if a != own}, index)
+
+
+@rule("ReverseSequence")
 def ordered(node: Node, c: Interpreter) -> None:
     """x[*D] -> y[*D'], where one axis depends on its order or number"""
     rank = len(c.dims(node, 0))
-    own = [node.attr("axis", -1) % rank]
-    if node.op_type == "ReverseSequence":
-        own = [node.attr("batch_axis", 1), node.attr("time_axis", 0)]
+    own = [node.attr("batch_axis", 1), node.attr("time_axis", 0)]
     for axis in own:
         c.freeze(node, c.axis(node, 0, axis), f"{node.title} depends on its order")
     labels = {a: c.axis(node, 0, a) for a in range(rank) if a not in own}
