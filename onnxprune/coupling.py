@@ -330,7 +330,9 @@ class Interpreter:
 
     def must_keep(self, node: Node, labels: Labels | None) -> None:
         """At least one of these labels has to survive, or an empty tensor would arise."""
-        if labels is not None:
+        if labels is not None and labels.size == 1:
+            self.freeze(node, labels, f"the only channel in a part of {node.title}")
+        elif labels is not None:
             self.keepers.append(labels)
 
     def decode(self, node: Node, slot: int, decoder: Decoder) -> None:

@@ -314,10 +314,9 @@ INDEXING = [
     image("gather-part", "h = Gather<axis=1>(a, index)", "index=7,1,5 w2:4,3,1,1"),
     image("gather-negative", "h = Gather<axis=1>(a, index)", "index=-1,-3,0 w2:4,3,1,1"),
     image(
-        "gather-repeated-freezes",
+        "gather-repeated",
         "h = Gather<axis=1>(a, index)",
         "index=0,1,2,3,4,5,6,7,7 w2:4,9,1,1",
-        shrinks="",
     ),
     image("tile", "h = Tile(a, repeats)", "repeats=1,2,1,1 w2:4,16,1,1"),
     image("pad-space", "h = Pad(a, pads)", "pads=0,0,1,1,0,0,1,1"),

@@ -226,7 +226,7 @@ def _pick(
         c.freeze(node, labels, f"{node.title} looks it up with an index computed at run time")
         return {}
     picked = labels[index]
-    if index.ndim != 1 or np.unique(index).size < index.size:
+    if index.ndim != 1:
         c.freeze(node, np.atleast_1d(picked).ravel(), f"{node.title} looks it up by number")
         return {}
     c.must_keep(node, picked)
