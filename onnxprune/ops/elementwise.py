@@ -93,7 +93,7 @@ def carry(node: Node, c: Interpreter) -> None:
     for index, name in enumerate(node.outputs):
         if c.out_dims(node, index) == c.dims(node, 0):
             c.set_layout(node, layout, index)
-        elif name:
+        elif c.graph.uses.get(name) or name in c.graph.leaving:
             c.freeze_input(node, 0, f"a shape around {node.title} is unknown")
 
 
