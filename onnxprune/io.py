@@ -23,7 +23,7 @@ from onnx import AttributeProto, TensorProto
 from onnxprune.errors import InvalidModelError, OnnxPruneError
 from onnxprune.files import flush, replacing
 
-OPSETS: Final = range(7, 25)
+OPSETS: Final = range(7, 29)
 MAX_INLINE_BYTES: int = 1_900_000_000
 _PROTOBUF_LIMIT: Final = 2**31
 _MIN_EXTERNAL_BYTES: Final = 1024  # shape inference needs the small constants in the file itself

@@ -207,8 +207,8 @@ REFUSED: list[tuple[str, Callable[[Path], Path], str]] = [
     ("no graph", write(no_graph()), r"m\.onnx has no graph: it is not an ONNX model"),
     ("no nodes", write(no_nodes()), r"has a graph without nodes: there is nothing to prune"),
     ("no opset", write(no_opset()), r"names no opset of the standard ONNX operators"),
-    ("opset 6", write(small(6).SerializeToString()), r"uses opset 6; onnxprune reads 7 to 24"),
-    ("opset 25", write(small(25).SerializeToString()), r"opset 25; .* use onnx\.version_converter"),
+    ("opset 6", write(small(6).SerializeToString()), r"uses opset 6; onnxprune reads 7 to 28"),
+    ("opset 29", write(small(29).SerializeToString()), r"opset 29; .* use onnx\.version_converter"),
 ]
 
 

@@ -298,6 +298,13 @@ CONTRACTIONS = [
         "w1 u",
     ),
     Row(
+        "vector-behind-a-transpose-that-is-fused-wrongly",
+        "(float[N,6,5] x) => (float[N,5] y)",
+        "a = MatMul(w1, x)  t = Transpose<perm=[0,2,1]>(a)  y = MatMul(t, u)",
+        "w1:8,6 u:8",
+        "w1 u",
+    ),
+    Row(
         "gemm-both-trans",
         "(float[6,5] x) => (float[5,4] y)",
         "a = Gemm<transA=1, transB=1>(x, w1, b1)  h = Relu(a)  y = Gemm<transB=1>(h, w2)",

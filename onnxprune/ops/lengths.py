@@ -40,7 +40,8 @@ def follow(state: Interpreter, node: Node) -> bool:
     out = node.outputs[0]
     integer = state.shapes.types.get(out) in _INTEGERS
     if not tainted:
-        return integer and state.shapes.value(out) is not None and not _has_labels(state, node)
+        known = integer and state.shapes.value(out) is not None
+        return known and not _has_labels(state, node) and not _is_static(state, node)
     folds = integer and node.domain == "" and node.op_type in FOLDS and node.op_type != "Range"
     if folds and (node.op_type, tainted[0]) not in SHAPE_SLOTS:
         state.lengths[out] = _combine(state, node, tainted)
@@ -63,6 +64,11 @@ def _keep_old(state: Interpreter, node: Node, slot: int) -> None:
 
 def _has_labels(state: Interpreter, node: Node) -> bool:
     return any(state.layouts.get(name) for name in node.inputs)
+
+
+def _is_static(state: Interpreter, node: Node) -> bool:
+    """Whether the node only reads constants: they may belong to channels."""
+    return all(state.is_static(node, slot) for slot, name in enumerate(node.inputs) if name)
 
 
 def _shape(state: Interpreter, node: Node) -> None:

@@ -1,0 +1,1 @@
+"""A grammar of random valid models, for tests that hold for every graph."""
