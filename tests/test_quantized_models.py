@@ -1,0 +1,92 @@
+"""Quantized attention, and quantized models through the whole pipeline."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxprune import apply, verify
+from onnxprune.pipeline import inspect
+from tests.graphs import build, outputs, prune, prune_half, shapes
+from tests.quantized import weights
+from tests.test_quantized import ROWS, model_of
+
+STREAM = "(float[N,S,8] x) => (float[N,S,8] y)"
+
+
+def attention(first: str, second: str, spec: str) -> onnx.ModelProto:
+    """x quantized, packed attention of four heads of four channels, a projection; and another."""
+    model = build(
+        STREAM,
+        f"""q = QuantizeLinear(x, sa, za)
+        o = com.microsoft.QAttention<num_heads=4>(q, w, b, sa, sw, , za{first})
+        a = MatMul(x, w1)  p = QuantizeLinear(a, sa, za)
+        u = com.microsoft.QAttention<num_heads=2, unidirectional=1>(p, v, c, sa, sv, , za{second})
+        d = MatMul(o, w2)  e = MatMul(u, w3)  y = Add(d, e)""",
+        opset=21,
+        imports=', "com.microsoft": 1',
+        ir=10,
+    )
+    base = "w:i8:8,48 b:f:48 v:i8:8,48 c:f:48 w1:f:8,8 w2:f:16,8 w3:f:16,8 sa:f: za:u8:"
+    model.graph.initializer.extend(weights(f"{base} {spec}"))
+    return model
+
+
+@pytest.mark.parametrize("scope", ["all", "exact"])
+@pytest.mark.parametrize(
+    ("first", "second", "spec"),
+    [
+        ("", "", "sw:f: sv:f:"),
+        (", zw", "", "sw:f: zw:i8: sv:f:48"),
+        (", ow", ", zv", "sw:f:48 ow:i8:48 sv:f: zv:i8:"),
+    ],
+    ids=["symmetric", "zero-point", "per-channel"],
+)
+def test_quantized_attention(first: str, second: str, spec: str, scope: str) -> None:
+    model = attention(first, second, spec)
+    pruned = prune_half(model, scope)
+    assert verify.structure_problems(pruned.model, model) == []
+    assert pruned.error <= 1e-6
+    assert pruned.effect > 1e-2
+    after = shapes(pruned.model)
+    assert (after["w"], after["b"], after["v"], after["w1"]) == ((8, 24), (24,), (4, 24), (8, 4))
+
+
+def test_attention_with_a_zero_point_per_channel_stays_and_says_why() -> None:
+    model = attention(", zw", "", "sw:f:48 zw:i8:48 sv:f:")
+    pruned = prune_half(model)
+    assert pruned.error <= 1e-6
+    assert shapes(pruned.model)["w"] == (8, 48)
+    reasons = {(row.tensor, row.axis): row.reason for row in inspect(model).frozen}
+    assert reasons["w", 1] == "QAttention o has a zero point for each of its channels"
+
+
+@pytest.mark.parametrize(
+    "name", ["qdq-residual", "qlinear-conv-depthwise", "matmul-integer", "packed-4-bit", "qdq-lstm"]
+)
+def test_the_pipeline_prunes_checks_and_replays(name: str) -> None:
+    model = model_of(next(row for row in ROWS if row.name == name))
+    result = prune(model, channels=0.5)
+    report = result.report
+    assert all(checked.passed for checked in report.checks)
+    assert report.after.params < 0.75 * report.before.params
+    assert report.after.size_bytes < report.before.size_bytes
+    replayed = apply(model, result.plan)
+    feeds = {"x": np.resize(np.float32([0.3, -1.2, 0.7]), (2, 3, 8, 8)).astype(np.float32)}
+    if name == "qdq-residual":
+        assert all(map(np.array_equal, outputs(replayed, feeds), outputs(result.model, feeds)))
+
+
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [
+        ("qlinear-conv", 1e-4),
+        ("packed-8-bit-with-bias", 1e-4),
+        ("qdq-conv-per-channel", 1e-2),
+        ("dynamic-quantize-matmul", 1e-2),
+    ],
+)
+def test_the_tolerance_is_wider_where_activations_are_rounded(name: str, tolerance: float) -> None:
+    model = model_of(next(row for row in ROWS if row.name == name))
+    assert verify.default_tolerance(model) == tolerance
