@@ -47,7 +47,9 @@ def _with(**methods: Callable[[Any], Callable[..., object]]) -> MutateRule:
 
 without_ties = _with(tie=lambda c: _nothing)
 #: The input's zeros are not looked at: labels come from `axis` alone.
-without_contraction = _with(contract=lambda c: c.axis)
+without_contraction = _with(
+    contract=lambda c: lambda node, slot, axis, *_: c.axis(node, slot, axis)
+)
 exact_everything = _with(inexact=lambda c: _nothing)
 without_factors = _with(factor=lambda c: _nothing)
 without_freezing = _with(freeze=lambda c: _nothing)
@@ -82,9 +84,9 @@ def contracts_next_axis(rule: Rule) -> Rule:
     """Zeros are put into another axis than the one that is summed."""
 
     def contract(c: Interpreter) -> Callable[..., object]:
-        def wrong(node: Node, slot: int, axis: int) -> Labels | None:
+        def wrong(node: Node, slot: int, axis: int, *zero: int) -> Labels | None:
             rank = len(c.dims(node, slot))
-            c.contract(node, slot, (axis + 1) % rank)
+            c.contract(node, slot, (axis + 1) % rank, *zero)
             return c.axis(node, slot, axis)
 
         return wrong

@@ -57,7 +57,7 @@ RULE_MUTATIONS = [
     ("prelu", "PRelu", m.without_ties),
     ("concat", "Concat", m.reversed_outputs),
     ("split-uneven", "Split", m.shifted_outputs),
-    ("slice-part", "Slice", m.shifted_outputs),
+    ("roll", "Slice", m.shifted_outputs),
     ("gather-permuted", "Gather", m.reversed_outputs),
     ("gather-elements-index-computed", "GatherElements", m.without_ties),
     ("scatter-nd", "ScatterND", m.without_ties),

@@ -275,7 +275,7 @@ def einsum(node: Node, c: Interpreter) -> None:
             c.contract(node, *where[0])
     c.set(node, found)
     weight = next((s for s in range(len(terms)) if c.is_static(node, s)), -1)
-    shared = [i for i, w in places.items() if summed and i in result and len(w) > 1]
+    shared = [i for i in places if summed and i in result and _is_batch(node, c, places[i])]
     within = [v for i, v in zip(places, share, strict=True) if i not in shared]
     for letter in shared:
         if weight >= 0 and letter in terms[weight]:
@@ -295,6 +295,12 @@ def einsum(node: Node, c: Interpreter) -> None:
             c.produce(node, found.get(i))
     sizes = {letter: c.dims(node, s)[a] for letter, where in places.items() for s, a in where}
     c.layer(node, weight, math.prod(sizes.values()), *share)
+
+
+def _is_batch(node: Node, c: Interpreter, where: list[tuple[int, int]]) -> bool:
+    """Whether a letter runs over several operands, one of them made by the model."""
+    slots = {slot for slot, _ in where}
+    return len(slots) > 1 and not all(c.is_static(node, slot) for slot in slots)
 
 
 def _equation(node: Node, c: Interpreter) -> tuple[list[str] | None, str]:
