@@ -96,41 +96,49 @@ def _extra(rewriter: Rewriter, node: Node, after: bool) -> int:
 
 
 def frozen_axes(analysis: Analysis) -> tuple[FrozenRow, ...]:
-    """Weight axes of which something cannot be pruned, with what that costs, largest first."""
+    """Weight axes of which something cannot be pruned, with what that costs, largest first.
+
+    An axis costs its weight's parameters and multiply-adds, times the share of its indices that
+    stay; several frozen axes of one weight share them evenly, so that costs add up.
+    """
     coupling = analysis.coupling
-    frozen_by, reasons = coupling.solution.frozen_by, coupling.system.reasons
-    macs = _macs_by_node(analysis)
-    rows = []
+    macs = _macs_by_use(analysis)
+    rows: list[FrozenRow] = []
     for name, uses in coupling.constants.items():
         constant = coupling.graph.constants[name]
         if constant.is_vector or constant.dtype not in WEIGHT_TYPES:
             continue
-        (index, _), layout = next(iter(uses.items()))
-        for block in layout:
-            why = _reason(block, frozen_by)
-            if why:
-                reason = reasons[why]
-                node = coupling.graph.nodes[reason.node].title if reason.node >= 0 else "model"
-                rows.append(
-                    FrozenRow(
-                        name, block.axes[0], node, reason.words, constant.size, macs.get(index, 0)
-                    )
-                )
+        blocks = [b for b in next(iter(uses.values())) if _frozen_share(coupling, b)]
+        whole = sum(macs.get(use, 0.0) for use in uses)
+        for block in blocks:
+            share = _frozen_share(coupling, block) / len(blocks)
+            row = _frozen_row(coupling, name, block, share * constant.size, share * whole)
+            rows.append(row)
     return tuple(sorted(rows, key=lambda r: (-r.params, -r.macs, r.tensor, r.axis)))
 
 
-def _reason(block: Block, frozen_by: np.ndarray) -> int:
-    """The reason that froze most of the block; 0 where all of it is free."""
-    why = frozen_by[np.maximum(block.labels, 0)]
-    why = why[why > 0]
-    return int(np.bincount(why).argmax()) if why.size else 0
+def _frozen_share(coupling: Coupling, block: Block) -> float:
+    """The share of the indices of a block that stay for a reason."""
+    return float((coupling.solution.frozen_by[np.maximum(block.labels, 0)] > 0).mean())
 
 
-def _macs_by_node(analysis: Analysis) -> dict[int, int]:
+def _frozen_row(
+    coupling: Coupling, name: str, block: Block, params: float, macs: float
+) -> FrozenRow:
+    """A row with the reason that froze most of the block."""
+    why = coupling.solution.frozen_by[np.maximum(block.labels, 0)]
+    reason = coupling.system.reasons[int(np.bincount(why[why > 0]).argmax())]
+    node = coupling.graph.nodes[reason.node].title if reason.node >= 0 else "model"
+    return FrozenRow(name, block.axes[0], node, reason.words, round(params), round(macs))
+
+
+def _macs_by_use(analysis: Analysis) -> dict[tuple[int, int], float]:
+    """Multiply-adds by node and input slot of the weight."""
     macs = analysis.cost.layer_macs(analysis.everything)
-    found: dict[int, int] = {}
+    found: dict[tuple[int, int], float] = {}
     for layer, value in zip(analysis.coupling.layers, macs, strict=True):
-        found[layer.node] = found.get(layer.node, 0) + round(value)
+        use = (layer.node, layer.weight)
+        found[use] = found.get(use, 0.0) + float(value)
     return found
 
 

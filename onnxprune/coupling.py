@@ -21,6 +21,8 @@ from onnxprune.labels import Block, Factor, Labels, Layout, Solution, System
 from onnxprune.shapes import Dims, Shapes
 
 Array = NDArray[Any]
+#: Why channels must stay that meet positions, or what was given up long before.
+NO_CHANNELS = "lines up in {} with an axis that holds no channels"
 Use = tuple[int, int]
 #: From a weight as it is stored to the numbers that it stands for; labelled axes stay in place.
 Decoder = Callable[[Array], Array]
@@ -162,6 +164,9 @@ class Interpreter:
     static: set[str] = field(default_factory=set)
     touched: set[tuple[int, int]] = field(default_factory=set)
     repeats: float = 1.0
+    lost: dict[str, dict[int, int]] = field(default_factory=dict)
+    _frozen_here: dict[int, int] = field(default_factory=dict)
+    _blank: str = ""
     _factors: dict[tuple[int, int], list[Factor]] = field(default_factory=dict)
 
     # -- around a rule -----------------------------------------------------------------------------
@@ -169,6 +174,8 @@ class Interpreter:
     def begin(self, node: Node) -> None:
         """A rule is about to look at `node`."""
         self.touched = set()
+        self._blank = ""
+        self._frozen_here = {}
         self.interpreted.add(node.index)
         if not node.bodies and all(
             not name or self.is_static(node, slot) for slot, name in enumerate(node.inputs)
@@ -180,7 +187,25 @@ class Interpreter:
         for slot, name in enumerate(node.inputs):
             for block in self.layouts.get(name, ()):
                 if not all((slot, a) in self.touched for a in block.axes):
-                    self.freeze(node, block.labels, f"{node.title} does not pass this axis on")
+                    words = f"{node.title} does not pass this axis on"
+                    number = self.system.freeze(block.labels, node.index, words)
+                    if self.shapes.types.get(name) in _FLOAT_TYPES:
+                        self._frozen_here[block.labels.size] = number
+        self.lose(node)
+
+    def lose(self, node: Node) -> None:
+        """Remember, by length, why axes of the outputs of `node` have no labels any more."""
+        found: dict[int, int] = {}
+        for name in node.inputs if self.lost else ():
+            found |= self.lost.get(name, {})
+        found |= self._frozen_here
+        self._frozen_here = {}
+        for name in node.outputs if found else ():
+            kept = {b.labels.size for b in self.layouts.get(name, ())}
+            lengths = set(self.shapes.dims(name) or ()) - kept
+            rest = {n: why for n, why in found.items() if n in lengths}
+            if rest:
+                self.lost[name] = rest
 
     def is_static(self, node: Node, slot: int) -> bool:
         """Whether input `slot` is a constant or computed from constants alone."""
@@ -220,6 +245,7 @@ class Interpreter:
                 if not block.joint:
                     return block.labels
                 return self.settle(block, node)[axis]
+        self._blank = node.input(slot)
         return None
 
     def layout(self, node: Node, slot: int) -> Layout:
@@ -275,24 +301,22 @@ class Interpreter:
         if a is None and b is None:
             return
         if a is None or b is None:
-            self.freeze(
-                node,
-                b if a is None else a,
-                f"aligned with an axis that cannot be pruned in {node.title}",
-            )
+            labels = a if b is None else b
+            assert labels is not None
+            why = self.lost.get(self._blank, {}).get(labels.size)
+            number = why or self.system.reason(node.index, NO_CHANNELS.format(node.title))
+            self.system.freeze_for(labels, number)
             return
         if a.size != b.size:
             self.freeze(node, a, f"lengths {a.size} and {b.size} do not agree in {node.title}")
             self.freeze(node, b, f"lengths {a.size} and {b.size} do not agree in {node.title}")
             return
-        self.system.tie(
-            a, b, node.index, f"aligned with an axis that cannot be pruned in {node.title}"
-        )
+        self.system.tie(a, b, node.index, NO_CHANNELS.format(node.title))
 
     def freeze(self, node: Node, labels: Labels | None, words: str) -> None:
         """These labels must stay, because of `words`."""
         if labels is not None:
-            self.system.freeze(labels, node.index, words)
+            self._frozen_here[labels.size] = self.system.freeze(labels, node.index, words)
 
     def inexact(self, node: Node, labels: Labels | None, words: str) -> None:
         """Removing these labels is another function than zeroing them, because of `words`."""

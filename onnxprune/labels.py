@@ -126,11 +126,19 @@ class System:
                     why = np.where(why == 0, number, why)
                 self._frozen.append((free[hit], why.astype(np.int32)))
 
-    def freeze(self, labels: Labels, node: int, words: str) -> None:
-        """Labels that must stay."""
+    def freeze(self, labels: Labels, node: int, words: str) -> int:
+        """Labels that must stay; returns the number of the reason, the first one's if they did."""
+        if not (labels > 0).any():
+            return int(-labels.min(initial=0))
+        number = self.reason(node, words)
+        self.freeze_for(labels, number)
+        return number
+
+    def freeze_for(self, labels: Labels, number: int) -> None:
+        """Labels that must stay for a reason that is known already."""
         free = labels[labels > 0]
         if free.size:
-            self._frozen.append((free, np.full(free.size, self.reason(node, words), np.int32)))
+            self._frozen.append((free, np.full(free.size, number, np.int32)))
 
     def inexact(self, labels: Labels, node: int, words: str) -> None:
         """Labels whose removal is not the same function as setting them to zero."""

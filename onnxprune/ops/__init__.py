@@ -72,12 +72,14 @@ def interpret_node(state: Interpreter, node: Node) -> None:
         for name in captured_by(node.proto) if node.bodies else ():
             for block in state.layouts.get(name, ()):
                 state.freeze(node, block.labels, f"used inside the body of {node.title}")
+        state.lose(node)
         return
     if not entry.partial and any(
         name and state.shapes.dims(name) is None for name in (*node.inputs, *node.outputs)
     ):
         for slot in range(len(node.inputs)):
             state.freeze_input(node, slot, f"a shape around {node.title} is unknown")
+        state.lose(node)
         return
     state.begin(node)
     entry.rule(node, state)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from onnxprune.coupling import Interpreter
+from onnxprune.coupling import NO_CHANNELS, Interpreter
 from onnxprune.graph import Node
 from onnxprune.labels import Labels
 from onnxprune.ops.choices import prefer_heads
@@ -66,7 +66,7 @@ def grid(node: Node, c: Interpreter, labels: Labels | None, heads: Labels, withi
     """labels[h * d + i] goes where heads[h] or within[i] does."""
     if labels is None:
         for part in (heads, within):
-            c.freeze(node, part, f"aligned with an axis that cannot be pruned in {node.title}")
+            c.freeze(node, part, NO_CHANNELS.format(node.title))
     elif within.size == 1:
         c.tie(node, labels, heads)
     elif heads.size == 1:

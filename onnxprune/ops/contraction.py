@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxprune.coupling import Interpreter
+from onnxprune.coupling import NO_CHANNELS, Interpreter
 from onnxprune.graph import Node
 from onnxprune.labels import Labels
 from onnxprune.ops.choices import experts, prefer_heads
@@ -107,7 +107,7 @@ def _grouped(
 ) -> None:
     """Either whole groups go, or the same positions within every group."""
     if x is None or out is None:
-        c.freeze(node, x, f"aligned with an axis that cannot be pruned in {node.title}")
+        c.freeze(node, x, NO_CHANNELS.format(node.title))
         c.freeze(node, out, f"the input of grouped {node.title} cannot be pruned")
         c.freeze(node, inner, f"the input of grouped {node.title} cannot be pruned")
         return
@@ -124,8 +124,8 @@ def _split(
 ) -> None:
     """labels[g * n + i] goes where group[g] or within[i] does."""
     if labels is None:
-        c.freeze(node, group, f"aligned with an axis that cannot be pruned in {node.title}")
-        c.freeze(node, within, f"aligned with an axis that cannot be pruned in {node.title}")
+        c.freeze(node, group, NO_CHANNELS.format(node.title))
+        c.freeze(node, within, NO_CHANNELS.format(node.title))
         return
     grid = labels.reshape(group.size, -1)
     if grid.shape[1] == 1:

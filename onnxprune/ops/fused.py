@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from onnxprune.coupling import Interpreter
+from onnxprune.coupling import NO_CHANNELS, Interpreter
 from onnxprune.graph import Node
 from onnxprune.labels import Labels
 from onnxprune.ops.contraction import conv, gemm, product, rewrite_conv
@@ -140,7 +140,7 @@ def gated_norm(node: Node, c: Interpreter) -> None:
         c.tie(node, grid, np.broadcast_to(grid[:, :1], grid.shape))
         c.freeze(node, within, f"{node.title} averages over it")
     else:
-        c.freeze(node, within, f"aligned with an axis that cannot be pruned in {node.title}")
+        c.freeze(node, within, NO_CHANNELS.format(node.title))
     c.set(node, found)
 
 

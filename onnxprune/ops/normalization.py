@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from onnxprune.coupling import Interpreter
+from onnxprune.coupling import NO_CHANNELS, Interpreter
 from onnxprune.graph import Node
 from onnxprune.ops.registry import rewrite, rule
 from onnxprune.rewriting import Rewriter
@@ -26,9 +26,7 @@ def per_channel(node: Node, c: Interpreter) -> None:
             c.inexact(node, c.axis(node, 0, axis), f"{node.title} averages over it")
     pass_through(node, c)
     if channels is None and len(node.inputs) > 1:
-        c.freeze(
-            node, c.axis(node, 1, 0), f"aligned with an axis that cannot be pruned in {node.title}"
-        )
+        c.freeze(node, c.axis(node, 1, 0), NO_CHANNELS.format(node.title))
 
 
 @rule("LayerNormalization", "RMSNormalization")
@@ -60,7 +58,7 @@ def group_norm(node: Node, c: Interpreter) -> None:
         c.inexact(node, c.axis(node, 0, axis), f"{node.title} averages over it")
     group = c.system.fresh(groups)
     if x is None:
-        c.freeze(node, group, f"aligned with an axis that cannot be pruned in {node.title}")
+        c.freeze(node, group, NO_CHANNELS.format(node.title))
     elif x.size == groups:
         c.tie(node, x, group)
     else:

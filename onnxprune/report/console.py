@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # Piped tables never wrap: their width must not depend on who reads them.
 PIPED_WIDTH = 4000
 GROUPS_SHOWN = 20
+# Of the axes that are frozen alike at many nodes.
+ALIKE_SHOWN = 5
 # Metrics that are shares of samples: shown in percent, compared in points.
 SHARES = frozenset({"accuracy", "precision", "recall", "f1", "top5", "agreement"})
 MEASURES = frozenset({"mse", "cosine"})
@@ -143,23 +145,53 @@ def layer_table(console: Console, layers: Sequence[LayerRow]) -> Table:
 
 
 def frozen_table(console: Console, frozen: Iterable[FrozenRow]) -> Table:
-    """Each frozen axis with its reason and what it costs, the most costly first."""
+    """Each frozen axis with its reason and what it costs, the most costly first.
+
+    Of axes that are frozen alike at many nodes only the first few have rows of their own.
+    """
     heads = ("frozen", "axis", "by node", "reason", "parameters", "MACs")
     table = _table(console, heads, left=4)
-    for row in sorted(frozen, key=_price):
-        cells = (row.tensor, str(row.axis), row.node, row.reason)
+    rows: list[FrozenRow] = []
+    axes: dict[int, str] = {}
+    for kind, alike in by_kind(frozen).items():
+        shown = alike if len(alike) <= ALIKE_SHOWN + 1 else alike[:ALIKE_SHOWN]
+        rest = alike[len(shown) :]
+        axes |= {id(row): str(row.axis) for row in shown}
+        rows += [*shown, *([_summary(kind, rest)] if rest else [])]
+    for row in sorted(rows, key=_price):
+        cells = (row.tensor, axes.get(id(row), ""), row.node, row.reason)
         table.add_row(*cells, f"{row.params:,}", f"{row.macs:,}")
     return table
 
 
+def by_kind(frozen: Iterable[FrozenRow]) -> dict[str, list[FrozenRow]]:
+    """The axes by reason, whichever node it names; in each the most costly first."""
+    kinds: dict[str, list[FrozenRow]] = defaultdict(list)
+    for row in sorted(frozen, key=_price):
+        operator = row.node.partition(" ")[0]
+        kinds[row.reason.replace(row.node, operator)].append(row)
+    return dict(kinds)
+
+
+def _summary(kind: str, rows: Sequence[FrozenRow]) -> FrozenRow:
+    """One row for many that are frozen alike."""
+    return replace(
+        rows[0],
+        tensor=f"... {len(rows)} more alike (--json lists all)",
+        node=f"{len({row.node for row in rows})} nodes",
+        reason=kind,
+        params=sum(row.params for row in rows),
+        macs=sum(row.macs for row in rows),
+    )
+
+
 def reason_table(console: Console, frozen: Iterable[FrozenRow]) -> Table:
-    """The reasons for which axes are frozen, the most frequent first."""
-    axes: dict[str, int] = defaultdict(int)
-    for row in frozen:
-        axes[row.reason] += 1
-    table = _table(console, ("frozen because (--why lists each)", "axes"), left=1)
-    for reason, count in sorted(axes.items(), key=lambda item: (-item[1], item[0])):
-        table.add_row(reason, f"{count:,}")
+    """The reasons for which axes are frozen, the most costly first."""
+    heads = ("frozen because (--why lists each)", "axes", "parameters", "MACs")
+    table = _table(console, heads, left=1)
+    kinds = [(_summary(kind, rows), len(rows)) for kind, rows in by_kind(frozen).items()]
+    for row, count in sorted(kinds, key=lambda k: _price(k[0])):
+        table.add_row(row.reason, f"{count:,}", f"{row.params:,}", f"{row.macs:,}")
     return table
 
 
