@@ -121,6 +121,7 @@ FOLDS: dict[str, Callable[..., Any]] = {
     "ConstantOfShape": _constant_of_shape,
     "Expand": _expand,
     "Range": _range,
+    "NonZero": lambda node, x: np.stack(np.nonzero(x)).astype(np.int64),
     "Div": _divide,
     "Mod": lambda node, a, b: np.fmod(a, b) if node.attr("fmod", 0) else np.mod(a, b),
     "ReduceProd": _reduce(np.prod),

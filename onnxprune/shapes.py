@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from onnx import helper, numpy_helper
 import onnxprune.vendor_fused  # noqa: F401  registers its shape rules
 from onnxprune.folding import FOLD_LIMIT, FOLDS
 from onnxprune.graph import Constant, Graph, Node
+from onnxprune.measured import Numbers, measure
 from onnxprune.protos import bodies
 from onnxprune.sequence_shapes import Elements, visit_sequence
 from onnxprune.vendor import SHAPE_RULES, output_shapes
@@ -84,20 +86,36 @@ def infer(graph: Graph) -> Shapes:
     """Find the shape of every tensor of `graph`."""
     skeleton = _skeleton(graph)
     free = _free_dims(graph)
-    best: tuple[int, Shapes] | None = None
+    tried = []
     for small, large in SIZES:
-        first, types = _at(graph, skeleton, _assign(free, *small))
-        second = first if not free else _at(graph, skeleton, _assign(free, *large), first)[0]
+        sizes = (_assign(free, *small), _assign(free, *large))
+        first, types = _at(graph, skeleton, sizes[0])
+        second = first if not free else _at(graph, skeleton, sizes[1], first)[0]
         found = Shapes(first, second, types, graph.constants)
-        missing = sum(
-            name not in first.dims for node in graph.nodes for name in node.outputs if name
-        )
-        if best is None or missing < best[0]:
-            best = (missing, found)
-        if missing == 0 or not free:
+        tried.append((len(_missing(graph, found)), found, sizes))
+        if tried[-1][0] == 0 or not free:
             break
-    assert best is not None
-    return best[1]
+    count, best, sizes = min(tried, key=lambda t: t[0])
+    return best if count == 0 else _measured(graph, skeleton, best, sizes)
+
+
+def _missing(graph: Graph, shapes: Shapes) -> list[str]:
+    """The tensors outside of bodies, sequences aside, whose shape is not known."""
+    known, sequences = shapes.first.dims, shapes.first.sequences
+    names = (name for node in graph.top for name in node.outputs if name)
+    return [name for name in names if name not in known and name not in sequences]
+
+
+def _measured(
+    graph: Graph, skeleton: onnx.ModelProto, shapes: Shapes, sizes: tuple[Numbers, Numbers]
+) -> Shapes:
+    """`shapes` with those that only data can tell; as they are where the model does not run."""
+    known = measure(graph, _missing(graph, shapes), sizes)
+    if known is None:
+        return shapes
+    first, types = _at(graph, skeleton, sizes[0], known=known[0])
+    second, _ = _at(graph, skeleton, sizes[1], first, known=known[1])
+    return Shapes(first, second, types, graph.constants)
 
 
 def _free_dims(graph: Graph) -> dict[tuple[str, int], tuple[str, bool]]:
@@ -166,8 +184,12 @@ def _at(
     skeleton: onnx.ModelProto,
     numbers: Mapping[tuple[str, int], int],
     base: Sizing | None = None,
+    known: Mapping[str, tuple[Dims, int]] = MappingProxyType({}),
 ) -> tuple[Sizing, dict[str, int]]:
-    """Shapes with `numbers` put in; unchanged values of `base`, the other one, are reused."""
+    """Shapes with `numbers` put in; unchanged values of `base`, the other one, are reused.
+
+    `known` are shapes that were measured.
+    """
     for value in skeleton.graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if (value.name, axis) in numbers:
@@ -184,6 +206,8 @@ def _at(
     for constant in graph.constants.values():
         walk.dims[constant.name] = constant.dims
         walk.types[constant.name] = constant.dtype
+    for name, (dims, kind) in known.items():
+        walk.dims[name], walk.types[name] = dims, kind
     for node in graph.top:
         walk.visit(node)
     return Sizing(walk.dims, walk.values, walk.sequences), walk.types

@@ -1,0 +1,60 @@
+"""Shapes that depend on data are read off two runs, so what is behind them is pruned too."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from onnxprune import verify
+from onnxprune.graph import Graph
+from onnxprune.pipeline import inspect
+from onnxprune.shapes import infer
+from tests.graphs import TOLERANCE, build, prune_half, shapes
+
+#: An expert's hidden layer sees only the rows that the router sends to it.
+EXPERT = build(
+    "(float[N,6] x) => (float[N,6] y)",
+    """r = MatMul(x, route)  zero = Sub(r, r)  k = Greater(r, zero)  f = Squeeze(k, one)  n = NonZero(f)
+    i = Squeeze(n, nought)  j = Transpose(n)  g = Gather<axis=0>(x, i)
+    shape = Shape(g)  flat = Reshape(g, shape)
+    a = MatMul(flat, w1)  b = Relu(a)  c = MatMul(b, w2)
+    y = ScatterND(x, j, c)""",
+    "route:6,1 one=1 nought=0 w1:6,16 w2:16,6",
+)
+
+
+def test_an_expert_behind_a_router_is_pruned() -> None:
+    result = prune_half(EXPERT, seed=3)
+    after = shapes(result.model)
+    assert (after["w1"], after["w2"]) == ((6, 8), (8, 6))
+    assert result.error <= TOLERANCE
+    assert result.effect > 1e-3
+    assert not verify.structure_problems(result.model, EXPERT)
+
+
+def test_lengths_that_follow_data_are_not_fixed() -> None:
+    found = infer(Graph.of(EXPERT))
+    assert found.dims("g") is not None
+    assert not found.is_fixed("g", 0)
+    assert found.is_fixed("g", 1)
+    assert not found.is_fixed_value("shape")
+
+
+def test_a_model_that_does_not_run_keeps_its_shapes_unknown() -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(EXPERT)
+    next(n for n in model.graph.node if n.output[0] == "i").op_type = "NoSuchOperator"
+    assert infer(Graph.of(model)).dims("a") is None
+    assert {row.reason for row in inspect(model).frozen} >= {"a shape around MatMul a is unknown"}
+
+
+def test_counting_by_non_zero_is_folded() -> None:
+    model = build(
+        "(float[N,6] x) => (float[N,4] y)",
+        """ones = ConstantOfShape<value = int64[1] {1}>(eight)  n = NonZero(ones)
+        i = Squeeze(n, nought)  a = MatMul(x, w1)  b = Gather<axis=1>(a, i)  y = MatMul(b, w2)""",
+        "eight=8 nought=0 w1:6,8 w2:8,4",
+    )
+    found = infer(Graph.of(model))
+    np.testing.assert_array_equal(found.value("n"), [np.arange(8)])
+    assert shapes(prune_half(model).model)["w2"] == (4, 4)
