@@ -56,6 +56,7 @@ _LOOKUPS: Final[Mapping[str, Sequence[tuple[int, int]]]] = {
     "ScatterND": [(1, 0)],
     "GatherBlockQuantized": [(1, 0)],
     "EmbedLayerNormalization": [(0, 2), (1, 4), (8, 3)],
+    "QEmbedLayerNormalization": [(0, 2), (1, 4)],
 }
 
 

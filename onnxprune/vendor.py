@@ -134,7 +134,7 @@ def integer_product(node: Node, inputs: Inputs) -> Outputs:
     return [(product_dims(inputs[0][0], inputs[1][0]), inputs[2][1] or TensorProto.FLOAT)]
 
 
-@shape_rule("MatMulNBits")
+@shape_rule("MatMulNBits", "MatMulBnb4")
 def packed_product(node: Node, inputs: Inputs) -> Outputs:
     """a[*A, K], packed b[N, blocks, bytes], ... -> y[*A, N]"""
     dims, kind = inputs[0]
@@ -160,6 +160,13 @@ def quantized_cell(node: Node, inputs: Inputs) -> Outputs:
     directions, hidden = inputs[1][0][0], node.attr("hidden_size")
     state = ((directions, batch, hidden), TensorProto.FLOAT)
     return [((steps, directions, batch, hidden), TensorProto.FLOAT), state, state]
+
+
+@shape_rule("QEmbedLayerNormalization")
+def quantized_embedding(node: Node, inputs: Inputs) -> Outputs:
+    """ids[B, S], segments, words[V, D], ... -> y[B, S, D], mask index[B]"""
+    batch, length = inputs[0][0]
+    return [((batch, length, inputs[2][0][1]), inputs[8][1]), ((batch,), TensorProto.INT32)]
 
 
 @shape_rule("QAttention")

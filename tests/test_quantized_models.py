@@ -62,6 +62,32 @@ def test_attention_with_a_zero_point_per_channel_stays_and_says_why() -> None:
     assert reasons["w", 1] == "QAttention o has a zero point for each of its channels"
 
 
+def test_quantized_embedding() -> None:
+    model = build(
+        "(int32[N,S] x, int32[N,S] segment) => (float[N,S,4] y)",
+        """h, m = com.microsoft.QEmbedLayerNormalization(x, segment, t1, t2, t3, g, b, ,
+            s1, s2, s3, s4, s5, z1, z2, z3, z4, z5)  y = MatMul(h, w)""",
+        opset=21,
+        imports=', "com.microsoft": 1',
+        ir=10,
+    )
+    scales = " ".join(f"s{i}:f: z{i}:u8:" for i in range(1, 6))
+    tables = "t1:u8:20,8 t2:u8:32,8 t3:u8:2,8 g:u8:8 b:u8:8 w:f:8,4"
+    model.graph.initializer.extend(weights(f"{tables} {scales}"))
+    pruned = prune_half(model)
+    assert pruned.error <= 1e-6
+    assert pruned.effect > 1e-2
+    after = shapes(pruned.model)
+    assert [after[n] for n in ("t1", "t2", "t3", "g", "b", "w")] == [
+        (20, 4),
+        (32, 4),
+        (2, 4),
+        (4,),
+        (4,),
+        (4, 4),
+    ]
+
+
 @pytest.mark.parametrize(
     "name", ["qdq-residual", "qlinear-conv-depthwise", "matmul-integer", "packed-4-bit", "qdq-lstm"]
 )

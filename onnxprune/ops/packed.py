@@ -31,7 +31,8 @@ def packed_product(node: Node, c: Interpreter) -> None:
     -> y[*B, M, N]
     """
     parameters = [s for s in (1, 2, 3) if node.input(s)]
-    if any(c.constant(node, s) is None for s in parameters) or node.input(4):
+    arranged = node.input(4) or node.attr("weight_prepacked", 0)
+    if arranged or any(c.constant(node, s) is None for s in parameters):
         for slot in (0, 1, 5):
             c.freeze_input(node, slot, f"the blocks of {node.title} are computed or reordered")
         return

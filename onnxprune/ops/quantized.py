@@ -12,6 +12,7 @@ from onnxprune.graph import Node
 from onnxprune.labels import Labels
 from onnxprune.ops.contraction import affine
 from onnxprune.ops.elementwise import aligned
+from onnxprune.ops.fused import embed_layer_norm
 from onnxprune.ops.quantization import integer_product, read_quantized, tie_parameters
 from onnxprune.ops.registry import rewrite, rule
 from onnxprune.rewriting import Rewriter
@@ -115,6 +116,16 @@ def dynamic_product(node: Node, c: Interpreter) -> None:
         c.inexact(node, block.labels, f"{node.title} measures its range over it")
     tie_parameters(node, c, 1, -1, 2, 3, 4)
     read_quantized(node, c, 1, 2, 3, -1)
+
+
+@rule("QEmbedLayerNormalization", domain=MICROSOFT)
+def quantized_embedding(node: Node, c: Interpreter) -> None:
+    """ids[B, S], segments[B, S], tables[V, D] of words, positions and segments, gamma[D], beta[D],
+    mask, then their scales and zero points -> y[B, S, D], mask index[B]
+    """
+    embed_layer_norm(node, c)
+    for slot in (2, 3, 4):
+        read_quantized(node, c, slot, slot + 6, slot + 11, -1)
 
 
 @rule("DynamicQuantizeLSTM", domain=MICROSOFT)
