@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from onnxprune import runtime, verify
 from onnxprune import shapes as inference
 from onnxprune.analysis import analyse
+from onnxprune.granularity import Granularity
 from onnxprune.graph import Graph
 from onnxprune.passes.apply import apply_keep
 from onnxprune.pipeline import inspect
-from tests.graphs import shapes
+from tests.graphs import TOLERANCE, shapes
 from tests.rows import Row
 
 MS = "com.microsoft"
@@ -215,6 +217,26 @@ def test_the_number_of_experts_stays_and_says_why() -> None:
     row = next(r for r in ROWS if r.name == "experts")
     reasons = {(f.tensor, f.axis): f.reason for f in inspect(row.model()).frozen}
     assert reasons["wr", 1] == "MoE h chooses among the experts by number"
+
+
+@pytest.mark.parametrize("scope", ["all", "exact"])
+def test_whole_experts_go_where_that_is_asked_for(scope: str) -> None:
+    row = next(r for r in ROWS if r.name == "experts-swiglu")
+    model = row.model()
+    analysis = analyse(model, granularity=Granularity(experts=True))
+    (group,) = (g for g in analysis.groups if g.name == "MatMul r")
+    assert (group.size, group.exact) == (3, False)
+    keep = analysis.everything
+    if scope == "all":
+        keep[group.units[1]] = False
+    keep[next(g for g in analysis.groups if g.name == "MoE h").units[::2]] = False
+    pruned = apply_keep(analysis.coupling, keep).model
+    left = shapes(pruned)
+    assert (left["wr"], left["e2"]) == (
+        ((6, 2), (2, 8, 6)) if scope == "all" else ((6, 3), (3, 8, 6))
+    )
+    feeds = [runtime.random_feeds(model)]
+    assert verify.twin_error(analysis.coupling, keep, pruned, feeds, threads=1) <= TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def mixture(node: Node, c: Interpreter) -> None:
     -> y[*B, D]; f is 2 where w1 makes gate and value, in turns or one after the other"""
     own = len(c.dims(node, 0)) - 1
     x = c.contract(node, 0, own)
-    c.freeze(node, c.axis(node, 1, 1), f"{node.title} chooses among the experts by number")
+    _choose_experts(node, c, c.axis(node, 1, 1))
     c.tie(node, x, c.axis(node, 2, 2))
     inner, out = c.contract(node, 4, 2), c.axis(node, 4, 1)
     parts = [(2, 1), (3, 1)]
@@ -214,6 +214,18 @@ def mixture(node: Node, c: Interpreter) -> None:
     for slot, axes in ((2, (inner, x)), (4, (inner, out)), (6, (inner, x))):
         if node.input(slot):
             c.layer(node, slot, tokens * math.prod(c.dims(node, slot)[1:]), *axes)
+
+
+def _choose_experts(node: Node, c: Interpreter, router: Labels | None) -> None:
+    """All experts stay unless whole ones are asked for: then the router chooses from the rest."""
+    if not c.granularity.experts:
+        c.freeze(node, router, f"{node.title} chooses among the experts by number")
+        return
+    for slot in range(2, 8):
+        if node.input(slot):
+            c.tie(node, router, c.axis(node, slot, 0))
+    c.inexact(node, router, f"{node.title} chooses among them")
+    c.must_keep_several(router, node.attr("k", 1))
 
 
 def _expert_width(
