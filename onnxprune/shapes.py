@@ -262,6 +262,8 @@ class Walk:
         fold = FOLDS.get(node.op_type) if node.domain == "" else None
         if fold is not None and self._fold(node, fold):
             return
+        if node.op_type == "Split" and node.domain == "" and self._split(node):
+            return
         visit_sequence(self, node)
         if any(name and name not in self.dims for name in node.outputs):
             self._infer(node)
@@ -304,6 +306,21 @@ class Walk:
         self.values[name] = out
         self.dims[name] = out.shape
         self.types.setdefault(name, helper.np_dtype_to_tensor_dtype(out.dtype))
+        return True
+
+    def _split(self, node: Node) -> bool:
+        """The parts of a known list of lengths."""
+        whole = self.value(node.inputs[0])
+        sizes = self.value(node.input(1)) if node.input(1) else node.attr("split")
+        if whole is None or whole.ndim != 1 or (node.input(1) and sizes is None):
+            return False
+        count = len(node.outputs)
+        size = -(-whole.size // count)
+        ends = np.cumsum([size] * count if sizes is None else sizes)[:-1]
+        for name, part in zip(node.outputs, np.split(whole, ends), strict=True):
+            if name:
+                self.values[name], self.dims[name] = part, part.shape
+                self.types[name] = helper.np_dtype_to_tensor_dtype(part.dtype)
         return True
 
     def _reuse(self, node: Node, inputs: list[Array | None]) -> Array | None:

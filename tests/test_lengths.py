@@ -16,7 +16,14 @@ def flat(name: str, middle: str, weights: str = "", shrinks: str = "w1 w2", **mo
     """MatMul to 8 channels `a`, `middle` from a to h, MatMul to y."""
     body = f"a = MatMul(x, w1)\n{middle}\ny = MatMul(h, w2)"
     signature = more.pop("signature", FLAT)
-    return Row(name, signature, body, f"w1:6,8 w2:8,4 {weights}", shrinks, **more)
+    return Row(
+        name,
+        signature,
+        body,
+        f"w1:6,8 {weights}" + ("" if "w2:" in weights else " w2:8,4"),
+        shrinks,
+        **more,
+    )
 
 
 ROWS = [
@@ -39,6 +46,13 @@ ROWS = [
         u = Reshape(t, eight)  h = Mul(a, u)""",
         "v:1,8 one=1 eight=-1,8",
         "w1 w2 v",
+    ),
+    flat(
+        "split-of-a-shape",
+        """d = Shape(a)  n, m = Split<axis=0>(d, ones)  half = Div(m, two)
+        g = Slice(a, zero, half, one)  u = Slice(a, half, m, one)  v = Mul(g, u)
+        back = Concat<axis=0>(n, half)  h = Reshape(v, back)""",
+        "ones=1,1 two=2 zero=0 one=1 w2:4,4",
     ),
     flat(
         "gather-nd-of-constants",

@@ -42,6 +42,9 @@ def follow(state: Interpreter, node: Node) -> bool:
     if not tainted:
         known = integer and state.shapes.value(out) is not None
         return known and not _has_labels(state, node) and not _is_static(state, node)
+    if node.op_type == "Split" and node.domain == "" and tainted == [0] and integer:
+        _split(state, node)
+        return True
     folds = integer and node.domain == "" and node.op_type in FOLDS and node.op_type != "Range"
     if folds and (node.op_type, tainted[0]) not in SHAPE_SLOTS:
         state.lengths[out] = _combine(state, node, tainted)
@@ -85,6 +88,16 @@ def _shape(state: Interpreter, node: Node) -> None:
             part = (tuple(labels for axis in whole for labels in axis),)
         if any(part):
             state.lengths[node.outputs[0]] = part
+
+
+def _split(state: Interpreter, node: Node) -> None:
+    """Each part of a list of lengths depends on what its elements depend on."""
+    lengths, start = state.lengths[node.inputs[0]], 0
+    for index, name in enumerate(node.outputs):
+        end = start + (state.out_dims(node, index) or (len(lengths),))[0]
+        if name and any(lengths[start:end]):
+            state.lengths[name] = lengths[start:end]
+        start = end
 
 
 def _all(lengths: Lengths) -> list[Labels]:
