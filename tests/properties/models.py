@@ -10,12 +10,13 @@ import onnx
 from onnxprune.analysis import Analysis
 from onnxprune.rewriting import Mask
 from tests.graphs import build
-from tests.properties import elementwise, rare, sequences, spatial, structure
+from tests.properties import elementwise, quantized, rare, sequences, spatial, structure
 from tests.properties.elementwise import dense
 from tests.properties.registry import PRODUCTIONS
 from tests.properties.writer import SIDE, Kind, Value, Writer
+from tests.quantized import weights as quantized_weights
 
-FAMILIES = (elementwise, rare, sequences, spatial, structure)
+FAMILIES = (elementwise, quantized, rare, sequences, spatial, structure)
 OPSETS = (13, 18, 21, 24, 26)
 INPUTS: tuple[Kind, ...] = ("image", "tokens", "flat")
 CHANNELS = 3
@@ -47,13 +48,15 @@ def random_model(seed: int, productions: int) -> onnx.ModelProto:
     g.rng = random.Random(seed + 1)
     outputs = _outputs(g, batch, table)
     text = "\n".join(line.replace("[N,", f"[{batch},") for line in g.lines)
-    return build(
+    model = build(
         f"({', '.join(signature)}) => ({', '.join(outputs)})",
         text,
         " ".join(g.weights),
         opset=g.opset,
         ir=13 if g.opset > 24 else 10,
     )
+    model.graph.initializer.extend(quantized_weights(" ".join(g.quantized), seed))
+    return model
 
 
 def _dims(value: Value, batch: str) -> str:

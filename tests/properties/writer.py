@@ -51,6 +51,7 @@ class Writer:
     opset: int
     lines: list[str] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
+    quantized: list[str] = field(default_factory=list)
     live: list[Value] = field(default_factory=list)
     count: int = 0
 
