@@ -14,6 +14,7 @@ from onnxprune.granularity import HEADS, Granularity
 from onnxprune.graph import Graph, Node
 from onnxprune.groups import Group, find_groups
 from onnxprune.labels import Block
+from onnxprune.pause import collection_paused
 from onnxprune.plan import FrozenAxis
 from onnxprune.result import Cost, FrozenRow, GroupRow, Inspection, LayerRow
 from onnxprune.rewriting import Mask, Rewriter
@@ -49,6 +50,7 @@ def normalize(model: onnx.ModelProto) -> onnx.ModelProto:
     return separate_bodies(model)
 
 
+@collection_paused()
 def analyse(model: onnx.ModelProto, *, granularity: Granularity = HEADS) -> Analysis:
     """Interpret `model`; it is only read.
 

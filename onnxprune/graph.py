@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -75,17 +75,6 @@ class Node:
         self.outputs: tuple[str, ...] = tuple(proto.output)
         self.bodies: tuple[Body, ...] = ()
         self._attributes: dict[str, Any] | None = None
-
-    def copy(self) -> Node:
-        """The same node without a position; nodes in its bodies are copied as well."""
-        copy = Node.__new__(Node)
-        for name in ("_attributes", "domain", "inputs", "op_type", "outputs", "proto"):
-            setattr(copy, name, getattr(self, name))
-        copy.index = -1
-        copy.bodies = tuple(
-            replace(body, nodes=tuple(node.copy() for node in body.nodes)) for body in self.bodies
-        )
-        return copy
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -231,14 +220,17 @@ class Graph:
     def without(
         self, nodes: Set[int], tensors: Set[str], added: Iterable[onnx.TensorProto]
     ) -> Graph:
-        """The graph without these nodes (by position) and initializers, with others added."""
+        """The graph without these nodes (by position) and initializers, with others added.
+
+        It takes the nodes over: they get new positions, and this graph is used up.
+        """
         model = onnx.ModelProto()
         copy_fields(self.model, model, {"graph"})
         copy_fields(self.model.graph, model.graph, {"node", "initializer", "value_info"})
         made = {name for index in nodes for name in self.nodes[index].outputs}
         recorded = self.model.graph.value_info
         model.graph.value_info.extend(value for value in recorded if value.name not in made)
-        top = tuple(node.copy() for node in self.top if node.index not in nodes)
+        top = tuple(node for node in self.top if node.index not in nodes)
         kept = (tensor for tensor in self.initializers if tensor.name not in tensors)
         return Graph._index(model, top, (*kept, *added))
 

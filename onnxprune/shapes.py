@@ -8,8 +8,9 @@ input.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -31,6 +32,8 @@ Dims = tuple[int, ...]
 DATA_LIMIT = 1024
 #: Operators that onnx's inference passes by: their first output has their first input's shape.
 SAME_SHAPE = frozenset(("GroupNormalization", "RMSNormalization", "RotaryEmbedding", "Swish"))
+#: With one Shape node among so many nodes or fewer, shapes are taken to be computed in the graph.
+NODES_PER_SHAPE = 40
 #: Numbers tried for (first, other) dimensions of the inputs; they differ in every free dimension.
 SIZES = (((2, 64), (3, 96)), ((2, 16), (3, 32)), ((1, 224), (2, 256)))
 
@@ -84,38 +87,24 @@ class Shapes:
 
 def infer(graph: Graph) -> Shapes:
     """Find the shape of every tensor of `graph`."""
-    skeleton = _skeleton(graph)
+    skeleton, cache = _skeleton(graph), Cache()
     free = _free_dims(graph)
-    tried = []
+    tried: list[tuple[list[str], Shapes, tuple[Numbers, Numbers]]] = []
     for small, large in SIZES:
-        sizes = (_assign(free, *small), _assign(free, *large))
-        first, types = _at(graph, skeleton, sizes[0])
-        second = first if not free else _at(graph, skeleton, sizes[1], first)[0]
-        found = Shapes(first, second, types, graph.constants)
-        tried.append((len(_missing(graph, found)), found, sizes))
-        if tried[-1][0] == 0 or not free:
+        sizes: tuple[Numbers, Numbers] = (_assign(free, *small), _assign(free, *large))
+        first = _at(graph, skeleton, sizes[0], cache)
+        second = first if not free else _at(graph, skeleton, sizes[1], cache, first)
+        found = Shapes(first.found, second.found, first.types, graph.constants)
+        tried.append((first.missing(), found, sizes))
+        if not tried[-1][0] or not free:
             break
-    count, best, sizes = min(tried, key=lambda t: t[0])
-    return best if count == 0 else _measured(graph, skeleton, best, sizes)
-
-
-def _missing(graph: Graph, shapes: Shapes) -> list[str]:
-    """The tensors outside of bodies, sequences aside, whose shape is not known."""
-    known, sequences = shapes.first.dims, shapes.first.sequences
-    names = (name for node in graph.top for name in node.outputs if name)
-    return [name for name in names if name not in known and name not in sequences]
-
-
-def _measured(
-    graph: Graph, skeleton: onnx.ModelProto, shapes: Shapes, sizes: tuple[Numbers, Numbers]
-) -> Shapes:
-    """`shapes` with those that only data can tell; as they are where the model does not run."""
-    known = measure(graph, _missing(graph, shapes), sizes)
+    missing, best, sizes = min(tried, key=lambda t: len(t[0]))
+    known = measure(graph, missing, sizes) if missing else None
     if known is None:
-        return shapes
-    first, types = _at(graph, skeleton, sizes[0], known=known[0])
-    second, _ = _at(graph, skeleton, sizes[1], first, known=known[1])
-    return Shapes(first, second, types, graph.constants)
+        return best
+    first = _at(graph, skeleton, sizes[0], cache, known=known[0])
+    second = _at(graph, skeleton, sizes[1], cache, first, known[1])
+    return Shapes(first.found, second.found, first.types, graph.constants)
 
 
 def _free_dims(graph: Graph) -> dict[tuple[str, int], tuple[str, bool]]:
@@ -165,13 +154,13 @@ def _drop_all_data(nodes: Iterable[onnx.NodeProto]) -> None:
         for body in bodies(node):
             _drop_all_data(body.node)
             for tensor in body.initializer:
-                if np.prod(tensor.dims, dtype=np.int64) > DATA_LIMIT:
+                if math.prod(tensor.dims) > DATA_LIMIT:
                     tensor.CopyFrom(_empty(tensor))
 
 
 def _drop_data(node: onnx.NodeProto) -> None:
     for attribute in node.attribute:
-        if attribute.name == "value" and np.prod(attribute.t.dims, dtype=np.int64) > DATA_LIMIT:
+        if attribute.name == "value" and math.prod(attribute.t.dims) > DATA_LIMIT:
             attribute.t.CopyFrom(_empty(attribute.t))
 
 
@@ -183,25 +172,45 @@ def _at(
     graph: Graph,
     skeleton: onnx.ModelProto,
     numbers: Mapping[tuple[str, int], int],
-    base: Sizing | None = None,
+    cache: Cache,
+    base: Walk | None = None,
     known: Mapping[str, tuple[Dims, int]] = MappingProxyType({}),
-) -> tuple[Sizing, dict[str, int]]:
+) -> Walk:
     """Shapes with `numbers` put in; unchanged values of `base`, the other one, are reused.
 
-    `known` are shapes that were measured.
+    Where shapes are computed in the graph, onnx's inference of the whole does not get far: the walk
+    goes alone, and only what it leaves open is asked of onnx as well. `known` are shapes that were
+    measured.
     """
     for value in skeleton.graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if (value.name, axis) in numbers:
                 dim.dim_value = numbers[value.name, axis]
+    computed = sum(node.op_type == "Shape" for node in graph.top)
+    if computed * NODES_PER_SHAPE > len(graph.top):
+        walk = _walk(graph, skeleton, cache, base, known)
+        if not walk.missing():
+            return walk
     try:
         inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
     except Exception:  # the inference of one operator fails: the walk below goes on without
         inferred = skeleton
+    return _walk(graph, inferred, cache, base, known)
+
+
+def _walk(
+    graph: Graph,
+    inferred: onnx.ModelProto,
+    cache: Cache,
+    base: Walk | None,
+    known: Mapping[str, tuple[Dims, int]],
+) -> Walk:
     from onnxprune.body_shapes import visit_bodies
 
-    walk = Walk(graph, base, visit_bodies)
-    for value in (*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output):
+    walk = Walk(graph, base, visit_bodies, cache)
+    recorded = (*inferred.graph.value_info, *inferred.graph.output)
+    walk.recorded = {v.name: v for v in recorded if v.name not in known}
+    for value in inferred.graph.input:
         walk.note(value.name, value.type)
     for constant in graph.constants.values():
         walk.dims[constant.name] = constant.dims
@@ -210,32 +219,69 @@ def _at(
         walk.dims[name], walk.types[name] = dims, kind
     for node in graph.top:
         walk.visit(node)
-    return Sizing(walk.dims, walk.values, walk.sequences), walk.types
+    return walk
+
+
+@dataclass(frozen=True)
+class Cache:
+    """What onnx's inference said of an operator call: repeated blocks of a network are alike."""
+
+    outputs: dict[Any, list[onnx.TypeProto | None]] = field(default_factory=dict)
+    schemas: dict[tuple[str, str], onnx.defs.OpSchema | None] = field(default_factory=dict)
+
+    def schema(self, node: Node, graph: Graph) -> onnx.defs.OpSchema | None:
+        """The definition of the node's operator; None where onnx has none."""
+        key = (node.domain, node.op_type)
+        if key not in self.schemas:
+            version = graph.opsets.get(node.domain)
+            known = version is not None and onnx.defs.has(node.op_type, version, node.domain)
+            found = onnx.defs.get_schema(node.op_type, version or 1, node.domain) if known else None
+            self.schemas[key] = found
+        return self.schemas[key]
 
 
 class Walk:
     """One pass over the nodes that folds small integer values and fills in missing shapes."""
 
     def __init__(
-        self, graph: Graph, base: Sizing | None, enter: Callable[[Walk, Node], None]
+        self,
+        graph: Graph,
+        base: Walk | None,
+        enter: Callable[[Walk, Node], None],
+        cache: Cache,
     ) -> None:
         self.graph = graph
         self.base = base
         self.enter = enter
+        self.cache = cache
+        self.recorded: Mapping[str, onnx.ValueInfoProto] = {}
         self.dims: dict[str, Dims] = {}
-        self.types: dict[str, int] = {}
+        self.types: dict[str, int] = dict(base.types) if base else {}
         self.values: dict[str, Array] = {}
         self.sequences: dict[str, Elements] = {}
+        self.found = Sizing(self.dims, self.values, self.sequences)
+
+    def missing(self) -> list[str]:
+        """The tensors outside of bodies, sequences aside, whose shape is not known."""
+        names = (name for node in self.graph.top for name in node.outputs if name)
+        return [name for name in names if name not in self.dims and name not in self.sequences]
 
     def note(self, name: str, kind: onnx.TypeProto) -> None:
+        """Tensor `name` has this type, and this shape if it is complete."""
         if not kind.HasField("tensor_type"):
             return
         tensor = kind.tensor_type
         self.types[name] = tensor.elem_type
         if tensor.HasField("shape"):
-            dims = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim)
+            dims = [d.dim_value or (0 if d.HasField("dim_value") else -1) for d in tensor.shape.dim]
             if -1 not in dims:
-                self.dims[name] = dims
+                self.dims[name] = tuple(dims)
+
+    def _note_recorded(self, node: Node) -> None:
+        for name in node.outputs:
+            value = self.recorded.get(name)
+            if value is not None:
+                self.note(name, value.type)
 
     def forget(self, name: str) -> None:
         """What was found about `name` does not hold."""
@@ -245,18 +291,23 @@ class Walk:
 
     def value(self, name: str) -> Array | None:
         known = self.values.get(name)
-        if known is None and name in self.graph.constants:
-            constant = self.graph.constants[name]
+        if known is None:
+            constant = self.graph.constants.get(name)
+            if constant is None:
+                return None
+            same = self.base.values.get(name) if self.base else None
             limit = 16 if constant.is_float else FOLD_LIMIT
-            if constant.size <= limit and constant.dtype != onnx.TensorProto.STRING:
-                same = self.base.values.get(name) if self.base else None
-                known = self.values[name] = constant.array() if same is None else same
+            if same is not None:
+                known = self.values[name] = same
+            elif constant.size <= limit and constant.dtype != onnx.TensorProto.STRING:
+                known = self.values[name] = constant.array()
         return known
 
     def visit(self, node: Node) -> None:
         if node.op_type == "Constant":
             return
         if node.bodies:
+            self._note_recorded(node)
             self.enter(self, node)
             return
         fold = FOLDS.get(node.op_type) if node.domain == "" else None
@@ -264,6 +315,8 @@ class Walk:
             return
         if node.op_type == "Split" and node.domain == "" and self._split(node):
             return
+        if self.recorded:
+            self._note_recorded(node)
         visit_sequence(self, node)
         if any(name and name not in self.dims for name in node.outputs):
             self._infer(node)
@@ -283,29 +336,27 @@ class Walk:
                 self.dims[name], self.types[name] = dims, kind
 
     def _fold(self, node: Node, fold: Callable[..., Any]) -> bool:
-        if node.op_type in ("Shape", "Size"):
-            dims = self.dims.get(node.inputs[0])
-            inputs: list[Array | None] = (
-                [np.empty(0)] if dims is None else [np.array(dims, np.int64)]
-            )
-            if dims is None:
-                return False
-        else:
-            inputs = [self.value(name) if name else None for name in node.inputs]
-            if any(v is None and name for v, name in zip(inputs, node.inputs, strict=True)):
-                return False
-        out = self._reuse(node, inputs)
+        name = node.outputs[0]
+        known = self.base.values.get(name) if self.base else None
+        out = known if known is not None and self._is_unchanged(node) else None
         if out is None:
+            inputs = self._operands(node)
+            if inputs is None:
+                return False
             try:
                 out = np.asarray(fold(node, *inputs))
             except (ValueError, IndexError, TypeError, ZeroDivisionError, MemoryError):
                 return False
-        if out.size > FOLD_LIMIT:
-            return False
-        name = node.outputs[0]
+            if out.size > FOLD_LIMIT:
+                return False
+            if known is not None and known.dtype == out.dtype and np.array_equal(known, out):
+                out = known
         self.values[name] = out
         self.dims[name] = out.shape
-        self.types.setdefault(name, helper.np_dtype_to_tensor_dtype(out.dtype))
+        if name not in self.types:
+            value = self.recorded.get(name)
+            kind = value.type.tensor_type.elem_type if value else 0
+            self.types[name] = kind or helper.np_dtype_to_tensor_dtype(out.dtype)
         return True
 
     def _split(self, node: Node) -> bool:
@@ -323,15 +374,30 @@ class Walk:
                 self.types[name] = helper.np_dtype_to_tensor_dtype(part.dtype)
         return True
 
-    def _reuse(self, node: Node, inputs: list[Array | None]) -> Array | None:
-        """The other assignment's result, where none of the inputs differs from it."""
-        if self.base is None or node.op_type in ("Shape", "Size"):
-            return None
-        theirs = self.base.values
-        same = all(
-            v is None or theirs.get(n) is v for v, n in zip(inputs, node.inputs, strict=True)
-        )
-        return theirs.get(node.outputs[0]) if same else None
+    def _operands(self, node: Node) -> list[Array | None] | None:
+        """The values that the node computes from; None where one is not known."""
+        if node.op_type in ("Shape", "Size"):
+            dims = self.dims.get(node.inputs[0])
+            return None if dims is None else [np.array(dims, np.int64)]
+        found: list[Array | None] = []
+        for name in node.inputs:
+            value = self.value(name) if name else None
+            if value is None and name:
+                return None
+            found.append(value)
+        return found
+
+    def _is_unchanged(self, node: Node) -> bool:
+        """Whether the node computes from what it computes from at the other assignment."""
+        assert self.base is not None
+        if node.op_type in ("Shape", "Size"):
+            dims = self.dims.get(node.inputs[0])
+            return dims is not None and dims == self.base.dims.get(node.inputs[0])
+        mine, theirs, constants = self.values, self.base.values, self.graph.constants
+        for name in node.inputs:
+            if name and name not in constants and mine.get(name) is not theirs.get(name, self):
+                return False
+        return True
 
     def _from_operands(self, node: Node) -> None:
         """Shapes that follow from an operand's value where onnx's inference does not look at it."""
@@ -354,21 +420,35 @@ class Walk:
         if (node.domain, node.op_type) in SHAPE_RULES:
             self._apply_shape_rule(node)
             return
-        version = self.graph.opsets.get(node.domain)
-        if version is None or not onnx.defs.has(node.op_type, version, node.domain):
+        schema = self.cache.schema(node, self.graph)
+        if schema is None:
             return
-        kinds: dict[str, onnx.TypeProto] = {}
-        data: dict[str, onnx.TensorProto] = {}
+        given: list[Any] = []
         for name in node.inputs:
-            if not name:
-                continue
-            if name not in self.dims or name not in self.types:
+            if name and (name not in self.dims or name not in self.types):
                 return
-            kinds[name] = helper.make_tensor_type_proto(self.types[name], self.dims[name])
-            value = self.value(name)
-            if value is not None:
-                data[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
-        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+            value = self.value(name) if name else None
+            content = None if value is None else (value.dtype.str, value.shape, value.tobytes())
+            given.append((self.types[name], self.dims[name], content) if name else None)
+        attributes = tuple(a.SerializeToString() for a in node.proto.attribute)
+        present = tuple(map(bool, node.outputs))
+        key = (node.op_type, node.domain, attributes, present, tuple(given))
+        if key not in self.cache.outputs:
+            self.cache.outputs[key] = self._ask(node, schema)
+        for name, kind in zip(node.outputs, self.cache.outputs[key], strict=True):
+            if name and kind is not None:
+                self.note(name, kind)
+
+    def _ask(self, node: Node, schema: onnx.defs.OpSchema) -> list[onnx.TypeProto | None]:
+        """What onnx infers for each output of the node."""
+        names = {name for name in node.inputs if name}
+        kinds = {n: helper.make_tensor_type_proto(self.types[n], self.dims[n]) for n in names}
+        values = {name: self.value(name) for name in names}
+        data = {
+            name: numpy_helper.from_array(np.ascontiguousarray(value), name)
+            for name, value in values.items()
+            if value is not None
+        }
         try:
             outputs = onnx.shape_inference.infer_node_outputs(
                 schema,
@@ -379,6 +459,5 @@ class Walk:
                 ir_version=self.graph.model.ir_version,
             )
         except Exception:  # a node that cannot be inferred leaves its outputs unknown
-            return
-        for name, kind in outputs.items():
-            self.note(name, kind)
+            return [None] * len(node.outputs)
+        return [outputs.get(name) for name in node.outputs]

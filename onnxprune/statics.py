@@ -9,7 +9,7 @@ stays, as labels follow it; quantizers stay, as their integers are the weights; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,8 @@ LAYOUT = frozenset(
 )
 _RANDOM = ("Random", "Bernoulli", "Multinomial", "Dropout")
 _DOMAINS = ("", "com.microsoft")
+#: Parts that read no more than this run in one session.
+BATCH_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,10 @@ def fold_statics(graph: Graph) -> Graph:
     folded: dict[str, onnx.TensorProto] = {}
     gone: set[int] = set()
     freed: set[str] = set()
-    for part in _parts(graph):
-        tensors = _computed(graph, part)
+    parts = _parts(graph)
+    found = _values(graph, parts)
+    for part in parts:
+        tensors = _folded(graph, part, found)
         if tensors is not None:
             folded.update(tensors)
             gone.update(node.index for node in part.nodes)
@@ -95,7 +99,11 @@ def _parts(graph: Graph) -> list[_Part]:
     if all(node.op_type in LAYOUT for node in static):
         return []
     parts = (_part(graph, nodes) for nodes in _connected(graph, static))
-    return [part for part in parts if part is not None]
+    return [part for part in parts if part is not None and _has_weights(graph, part)]
+
+
+def _has_weights(graph: Graph, part: _Part) -> bool:
+    return any(graph.constants[name].is_float for name in _constants(graph, part.nodes))
 
 
 def _connected(graph: Graph, nodes: Sequence[Node]) -> list[list[Node]]:
@@ -145,27 +153,59 @@ def _read_outside(graph: Graph, name: str, inside: set[int]) -> bool:
     return any(index not in inside for index, _ in graph.uses.get(name, ()))
 
 
-def _computed(graph: Graph, part: _Part) -> dict[str, onnx.TensorProto] | None:
-    """The results as tensors; None where they are no weights, take more room, or do not run.
+def _values(graph: Graph, parts: Sequence[_Part]) -> dict[str, np.ndarray]:
+    """The results of all parts that run; small ones run together."""
+    found: dict[str, np.ndarray] = {}
+    batch: list[_Part] = []
+    room = 0
+    for part in parts:
+        size = sum(_nbytes(graph, name) for name in _constants(graph, part.nodes))
+        if batch and room + size > BATCH_BYTES:
+            found |= _run(graph, batch)
+            batch, room = [], 0
+        batch.append(part)
+        room += size
+    return found | _run(graph, batch) if batch else found
 
-    Vectors count nothing: a bias that several layers share is cut once for each anyway.
-    """
-    room = sum(graph.constants[n].size * _itemsize(graph.constants[n].dtype) for n in part.freed)
-    if not any(graph.constants[name].is_float for name in _constants(graph, part.nodes)):
-        return None
+
+def _run(graph: Graph, parts: Sequence[_Part]) -> dict[str, np.ndarray]:
+    """The results of these parts; where they do not run together, of those that run alone."""
     from onnxprune import runtime
 
     try:
-        found = runtime.run(runtime.session(_program(graph, part), threads=1, optimize=False), {})
+        session = runtime.session(_program(graph, parts), threads=1, optimize=False)
+        return {name: np.asarray(value) for name, value in runtime.run(session, {}).items()}
     except OnnxPruneError:
+        if len(parts) == 1:
+            return {}
+    found: dict[str, np.ndarray] = {}
+    for part in parts:
+        found |= _run(graph, [part])
+    return found
+
+
+def _folded(
+    graph: Graph, part: _Part, found: Mapping[str, np.ndarray]
+) -> dict[str, onnx.TensorProto] | None:
+    """The results as tensors; None where they are no weights, take more room, or did not run.
+
+    Vectors count nothing: a bias that several layers share is cut once for each anyway.
+    """
+    if any(name not in found for name in part.results):
         return None
-    values = {name: np.asarray(value) for name, value in found.items()}
+    values = {name: found[name] for name in part.results}
+    room = sum(_nbytes(graph, name) for name in part.freed)
     size = sum(v.nbytes for v in values.values() if v.size > max(v.shape, default=1))
     tensors = {name: numpy_helper.from_array(value, name) for name, value in values.items()}
     weights = all(t.data_type in FLOATS for t in tensors.values())
     return (
         tensors if weights and size <= room and max(v.size for v in values.values()) > 1 else None
     )
+
+
+def _nbytes(graph: Graph, name: str) -> int:
+    constant = graph.constants[name]
+    return constant.size * _itemsize(constant.dtype)
 
 
 def _constants(graph: Graph, nodes: Sequence[Node]) -> set[str]:
@@ -176,19 +216,20 @@ def _itemsize(kind: int) -> int:
     return int(helper.tensor_dtype_to_np_dtype(kind).itemsize)
 
 
-def _program(graph: Graph, part: _Part) -> onnx.ModelProto:
+def _program(graph: Graph, parts: Sequence[_Part]) -> onnx.ModelProto:
     """A model without inputs that computes the results."""
     source = graph.model
     model = onnx.ModelProto(ir_version=source.ir_version)
     model.opset_import.extend(source.opset_import)
     model.graph.name = "statics"
-    model.graph.node.extend(node.proto for node in part.nodes)
-    for name in dict.fromkeys(n for node in part.nodes for n in node.inputs):
+    nodes = sorted((node for part in parts for node in part.nodes), key=lambda node: node.index)
+    model.graph.node.extend(node.proto for node in nodes)
+    for name in dict.fromkeys(n for node in nodes for n in node.inputs):
         constant = graph.constants.get(name)
         if constant is not None:
             tensor = model.graph.initializer.add()
             tensor.CopyFrom(constant.tensor)
             tensor.name = name
-    for name in part.results:
+    for name in (name for part in parts for name in part.results):
         model.graph.output.append(helper.make_empty_tensor_value_info(name))
     return model

@@ -15,6 +15,7 @@ from onnxprune.coupling import Coupling
 from onnxprune.graph import RAW_TYPES, Body, Constant, Node
 from onnxprune.labels import Layout
 from onnxprune.ops import REWRITES
+from onnxprune.pause import collection_paused
 from onnxprune.plan import Slice
 from onnxprune.protos import copy_fields, reads
 from onnxprune.rewriting import Edits, Mask, Rewriter
@@ -82,6 +83,7 @@ class _State:
         self.inputs.setdefault(index, {})[slot] = name
 
 
+@collection_paused()
 def apply_keep(coupling: Coupling, keep: Mask) -> Applied:
     """The model with only the units where `keep` is true (unit 0, frozen, always stays).
 
@@ -213,53 +215,71 @@ def _write_graph(
     copy_fields(source, target, {"node", "initializer", "value_info"})
     for tensor in tensors:
         _put(target.initializer.add(), state.tensors.get(tensor.name, tensor))
-    _write_nodes(state, edits, nodes, target)
+    _place_living(nodes, _written(state, edits, nodes, target), target)
+    _fill_constants(state, target)
     target.value_info.extend(v for v in source.value_info if v.name not in edits.unrecorded)
     for values in (target.value_info, target.input, target.output):
         _write_values(state, values)
-    _drop_dead(nodes, target)
 
 
-def _write_nodes(
+def _written(
     state: _State, edits: Edits, nodes: Sequence[Node], graph: onnx.GraphProto
-) -> None:
+) -> list[onnx.NodeProto]:
+    """The nodes of one graph after pruning; those that did not change are those of the source."""
+    overridden = {index for index, _ in edits.overrides}
+    replaced = edits.gathers.keys() | edits.bypassed | edits.reshapes.keys()
+    replaced |= state.coupling.taken.keys()
+    edited = edits.attributes.keys() | edits.dropped.keys()
+    protos: list[onnx.NodeProto] = []
     for node in nodes:
-        if node.index in edits.gathers:
-            graph.node.append(_gather(state, node.index, *edits.gathers[node.index]))
+        index = node.index
+        if index in replaced:
+            protos += _replacement(state, edits, node, graph)
             continue
-        if node.index in edits.bypassed:
-            names = [node.inputs[0]], [node.outputs[0]]
-            graph.node.append(helper.make_node("Identity", *names, name=node.proto.name))
+        if index in overridden:
+            for slot in range(len(node.inputs)):
+                override = edits.overrides.get((index, slot))
+                if override is not None:
+                    protos.append(_where(state, index, slot, *override))
+        if index in edits.remaps:
+            protos.append(_remap(state, index, edits.remaps[index]))
+        if not (node.bodies or index in edited or index in state.inputs):
+            protos.append(node.proto)
             continue
-        if node.index in edits.reshapes:
-            graph.node.append(_reshape(state, node.index, *edits.reshapes[node.index]))
-            continue
-        if node.index in state.coupling.taken:
-            _write_taken(state, edits, node, graph)
-            continue
-        for slot in range(len(node.inputs)):
-            override = edits.overrides.get((node.index, slot))
-            if override is not None:
-                graph.node.append(_where(state, node.index, slot, *override))
-        if node.index in edits.remaps:
-            graph.node.append(_remap(state, node.index, edits.remaps[node.index]))
-        proto = graph.node.add()
+        proto = onnx.NodeProto()
         if node.bodies:
             _write_bodies(state, edits, node, proto)
         else:
             proto.CopyFrom(node.proto)
-        _edit_node(state, edits, node.index, proto)
+        _edit_node(state, edits, index, proto)
+        protos.append(proto)
+    return protos
 
 
-def _write_taken(state: _State, edits: Edits, node: Node, graph: onnx.GraphProto) -> None:
+def _replacement(
+    state: _State, edits: Edits, node: Node, graph: onnx.GraphProto
+) -> list[onnx.NodeProto]:
+    """What takes the place of a node."""
+    if node.index in edits.gathers:
+        return [_gather(state, node.index, *edits.gathers[node.index])]
+    if node.index in edits.bypassed:
+        names = [node.inputs[0]], [node.outputs[0]]
+        return [helper.make_node("Identity", *names, name=node.proto.name)]
+    if node.index in edits.reshapes:
+        return [_reshape(state, node.index, *edits.reshapes[node.index])]
+    return _taken(state, edits, node, graph)
+
+
+def _taken(state: _State, edits: Edits, node: Node, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """The only branch that ever runs takes the place of its If; the other one no longer fits."""
     body = state.coupling.taken[node.index]
     for tensor in body.proto.initializer:
         _put(graph.initializer.add(), state.tensors.get(tensor.name, tensor))
-    _write_nodes(state, edits, body.nodes, graph)
+    protos = _written(state, edits, body.nodes, graph)
     for inner, outer in zip(body.outputs, node.outputs, strict=True):
         if outer:
-            graph.node.append(helper.make_node("Identity", [inner], [outer], name=outer))
+            protos.append(helper.make_node("Identity", [inner], [outer], name=outer))
+    return protos
 
 
 def _write_bodies(state: _State, edits: Edits, node: Node, proto: onnx.NodeProto) -> None:
@@ -278,11 +298,19 @@ def _write_body(state: _State, edits: Edits, body: Body, target: onnx.GraphProto
     _write_graph(state, edits, body.nodes, body.proto, body.proto.initializer, target)
 
 
+def _fill_constants(state: _State, graph: onnx.GraphProto) -> None:
+    """Cut weights that Constant nodes hold go where they came from."""
+    constants = state.coupling.graph.constants
+    if all(constants[name].node is None for name in state.tensors):
+        return
+    for proto in graph.node:
+        if proto.op_type == "Constant" and proto.output[0] in state.tensors:
+            del proto.attribute[:]
+            attribute = proto.attribute.add(name="value", type=onnx.AttributeProto.TENSOR)
+            _put(attribute.t, state.tensors[proto.output[0]])
+
+
 def _edit_node(state: _State, edits: Edits, index: int, proto: onnx.NodeProto) -> None:
-    if proto.op_type == "Constant" and proto.output[0] in state.tensors:
-        del proto.attribute[:]
-        attribute = proto.attribute.add(name="value", type=onnx.AttributeProto.TENSOR)
-        _put(attribute.t, state.tensors[proto.output[0]])
     changed = edits.attributes.get(index, {})
     dropped = edits.dropped.get(index, set())
     if changed or dropped:
@@ -353,16 +381,30 @@ def _write_values(state: _State, values: Iterable[onnx.ValueInfoProto]) -> None:
                 dim.dim_value = after[axis]
 
 
-def _drop_dead(before: Sequence[Node], after: onnx.GraphProto) -> None:
-    """Remove what only the replaced parts used; what was unused before is none of our business."""
-    used = {o.name for o in after.output}
-    used_before = used.union(*(reads(n.proto) if n.bodies else n.inputs for n in before))
-    for i, node in reversed(list(enumerate(after.node))):
-        if used.isdisjoint(node.output) and not used_before.isdisjoint(node.output):
-            del after.node[i]
-        else:
-            used.update(reads(node))
-    inputs = {i.name for i in after.input}
-    for i, name in reversed(list(enumerate(t.name for t in after.initializer))):
+def _place_living(
+    before: Sequence[Node], after: Sequence[onnx.NodeProto], graph: onnx.GraphProto
+) -> None:
+    """Put the nodes in, without those that only replaced parts used, and drop their initializers.
+
+    What was unused before is none of our business.
+    """
+    known = {id(node.proto): node for node in before}
+    used = {value.name for value in graph.output}
+    used_before = used.union(*map(_reads, before))
+    living = []
+    for proto in reversed(after):
+        node = known.get(id(proto))
+        outputs = proto.output if node is None else node.outputs
+        if used.isdisjoint(outputs) and not used_before.isdisjoint(outputs):
+            continue
+        used.update(reads(proto) if node is None else _reads(node))
+        living.append(proto)
+    graph.node.extend(reversed(living))
+    inputs = {value.name for value in graph.input}
+    for i, name in reversed(list(enumerate(tensor.name for tensor in graph.initializer))):
         if name not in used and name in used_before and name not in inputs:
-            del after.initializer[i]
+            del graph.initializer[i]
+
+
+def _reads(node: Node) -> Iterable[str]:
+    return reads(node.proto) if node.bodies else node.inputs
