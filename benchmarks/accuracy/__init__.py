@@ -1,0 +1,1 @@
+"""Accuracy after every stage, beside Torch-Pruning: `python -m benchmarks.accuracy`."""
