@@ -6,11 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TRAINING := $(VENV)/.training
+PEERS := .venv-peers/.installed
 REAL := .venv-real
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full test-real coverage lint format benchmark-fashion conformance clean
+.PHONY: help demo test test-full test-real coverage lint format benchmark-fashion benchmark-accuracy conformance clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +43,9 @@ format: $(INSTALLED)  ## Mend style and format
 benchmark-fashion: $(TRAINING)  ## Train, prune and fine-tune on Fashion-MNIST, and print the table
 	$(BIN)/python -m benchmarks.fashion
 
+benchmark-accuracy: $(TRAINING) $(PEERS)  ## Follow the accuracy of six networks through every stage, beside Torch-Pruning
+	$(BIN)/python -m benchmarks.accuracy
+
 conformance: $(INSTALLED)  ## Prune every model of the conformance set and print the table
 	$(BIN)/python -m benchmarks.conformance
 
@@ -52,6 +56,11 @@ clean:  ## Remove what the targets made
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "make: could not create an environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+$(PEERS): | $(BIN)/python
+	"$(PYTHON)" -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 torch-pruning==1.6.1 onnx numpy
+	@touch $@
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'

@@ -66,7 +66,11 @@ RESNET = Subject(
 VGG = Subject(graphs.fashion_vgg, "fashion", 5, {**ADAM, "lr": 3e-3}, CONV)
 SUBJECTS: dict[str, Subject] = {
     "mlp": Subject(
-        graphs.fashion_mlp, "fashion", 10, {**ADAM, "lr": 3e-3}, {**FINETUNING, "lr": 1e-3}
+        graphs.fashion_mlp,
+        "fashion",
+        10,
+        {**ADAM, "lr": 3e-3},
+        {**FINETUNING, "lr": 2e-3, "temperature": 2.0},
     ),
     "resnet": RESNET,
     "resnet-folded": Subject(
