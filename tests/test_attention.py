@@ -8,7 +8,9 @@ import pytest
 
 from onnxprune import runtime, verify
 from onnxprune.analysis import analyse
+from onnxprune.errors import OnnxPruneError
 from onnxprune.granularity import Granularity
+from onnxprune.ops import REWRITES
 from onnxprune.passes.apply import apply_keep
 from onnxprune.pipeline import inspect
 from tests.graphs import TOLERANCE, prune_half, shapes
@@ -309,6 +311,19 @@ def test_half_of_every_group_equals_the_twin(row: Row) -> None:
     row.check()
 
 
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS])
+def test_half_of_the_channels_of_heads_equals_the_twin(row: Row) -> None:
+    model = row.model()
+    analysis = analyse(model, granularity=Granularity(head_dims=True))
+    keep = analysis.everything
+    for group in analysis.groups:
+        keep[group.units[1::2]] = False
+    pruned = apply_keep(analysis.coupling, keep).model
+    assert verify.structure_problems(pruned, model) == []
+    feeds = [runtime.random_feeds(model)]
+    assert verify.twin_error(analysis.coupling, keep, pruned, feeds, threads=1) <= TOLERANCE
+
+
 def test_the_original_scale_is_written_down() -> None:
     row = next(r for r in STANDARD if r.name == "3d-one-head")
     node = _node(prune_half(row.model()).model, "Attention")
@@ -411,3 +426,37 @@ def test_heads_can_be_kept_and_their_channels_removed() -> None:
     feeds = [runtime.random_feeds(row.model())]
     assert verify.twin_error(analysis.coupling, keep, pruned, feeds, threads=1) <= TOLERANCE
     assert np.prod(shapes(pruned)["wq"]) == 8 * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "head_dims"),
+    [
+        ("3d", ("", "Attention"), False),
+        ("3d", ("", "Attention"), True),
+        ("packed", (MS, "Attention"), False),
+        ("packed-narrow-values", (MS, "Attention"), True),
+        ("multi-head", (MS, "MultiHeadAttention"), False),
+        ("group-query", (MS, "GroupQueryAttention"), False),
+        ("linear-one-head", (MS, "LinearAttention"), True),
+    ],
+)
+def test_a_missing_rewrite_is_seen(
+    monkeypatch: pytest.MonkeyPatch, name: str, key: tuple[str, str], head_dims: bool
+) -> None:
+    model = next(r for r in ROWS if r.name == name).model()
+    analysis = analyse(model, granularity=Granularity(head_dims=head_dims))
+    keep = analysis.everything
+    for group in analysis.groups:
+        keep[group.units[1::2]] = False
+    feeds = [runtime.random_feeds(model)]
+
+    def error() -> float:
+        pruned = apply_keep(analysis.coupling, keep).model
+        return verify.twin_error(analysis.coupling, keep, pruned, feeds, threads=1)
+
+    assert error() <= TOLERANCE
+    monkeypatch.delitem(REWRITES, key)
+    try:
+        assert error() > 1e-3
+    except OnnxPruneError:  # it does not even run
+        return

@@ -255,7 +255,9 @@ def linear_attention(node: Node, c: Interpreter) -> None:
         return
     heads = heads_of(node, c, sizes)
     stream(node, c, 0, heads.query, heads.key, summed=True)
-    stream(node, c, 1, heads.shared, heads.key)
+    stream(
+        node, c, 1, heads.shared, heads.key, summed=True
+    )  # the delta rule reads k from its state
     value = stream(node, c, 2, heads.shared, heads.value)
     for axis, labels in ((1, heads.shared), (2, heads.key), (3, heads.value)):
         if node.input(3):
