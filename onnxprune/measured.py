@@ -40,6 +40,8 @@ def measure(graph: Graph, names: Sequence[str], sizes: tuple[Numbers, Numbers]) 
     """
     from onnxprune import runtime
 
+    if runtime.dies_on_empty(graph.model):
+        return None
     probed = onnx.ModelProto()
     probed.CopyFrom(graph.model)
     del probed.graph.output[:]

@@ -15,10 +15,12 @@ from onnxprune.ops.registry import REWRITES, RULES
 from onnxprune.result import Result
 from onnxprune.twin import masked_twin
 from tests import mutations as m
-from tests import test_operators, test_rules
+from tests import test_operators, test_operators_indexing, test_rules
 from tests.graphs import TOLERANCE, outputs, prune
 
-MODELS = {row.name: row for row in (*test_rules.ROWS, *test_operators.ROWS)}
+MODELS = {
+    row.name: row for row in (*test_rules.ROWS, *test_operators.ROWS, *test_operators_indexing.ROWS)
+}
 
 #: (row of the rule tests, operator, what is done to its rule)
 RULE_MUTATIONS = [

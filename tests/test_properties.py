@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, note
+from hypothesis import assume, given, note
 from hypothesis import strategies as st
 
 from onnxprune import pipeline, runtime, verify
 from onnxprune.analysis import analyse
+from onnxprune.errors import InvalidModelError
 from onnxprune.ops.registry import RULES
 from onnxprune.passes.apply import apply_keep
 from tests.graphs import build, prune, prune_half
@@ -43,6 +44,14 @@ def _text(model: onnx.ModelProto) -> str:
     return str(onnx.printer.to_text(slim))
 
 
+def _loads(model: onnx.ModelProto) -> bool:
+    try:
+        runtime.session(model, threads=1)
+    except InvalidModelError:
+        return False
+    return True
+
+
 def _feeds(model: onnx.ModelProto, seed: int) -> list[verify.Feeds]:
     """Inputs of two sizes: another batch, and other lengths."""
     inputs = {d.dim_param for i in model.graph.input for d in i.type.tensor_type.shape.dim}
@@ -64,7 +73,11 @@ def test_any_choice_of_single_units_equals_its_twin(seed: int, count: int) -> No
     pruned = apply_keep(analysis.coupling, keep).model
     assert verify.structure_problems(pruned, model) == []
     feeds = _feeds(model, seed)
-    error = verify.twin_error(analysis.coupling, keep, pruned, feeds, threads=1)
+    try:
+        error = verify.twin_error(analysis.coupling, keep, pruned, feeds, threads=1)
+    except InvalidModelError:
+        assume(_loads(model))  # else a fusion of ONNX Runtime breaks the model as it is
+        raise
     assert error <= verify.default_tolerance(model)
     params, macs = analysis.cost.params(keep), analysis.cost.macs(keep)
     after = analyse(pruned)

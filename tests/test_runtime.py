@@ -333,6 +333,21 @@ def test_working_feeds_run(text: str, shapes: list[tuple[int, ...]]) -> None:
     assert [feeds["x"].shape for feeds in runtime.working_feeds(proto)] == shapes
 
 
+def test_a_scan_along_its_second_axis_is_fed_long_signals_first() -> None:
+    """ONNX Runtime divides by zero where such a Scan gets none, and the process ends."""
+    proto = model(
+        "g (float[N,T] x) => (float[N,4] y) {"
+        "  d = Slice(x, s, e, a)  r = Reshape(d, t)  h = ReduceMax(r, a)  i = Squeeze(h, a)"
+        "  y, u = Scan<scan_input_axes=[1], num_scan_inputs=1, body = b (float[N,4] p, float[N,4] q)"
+        "  => (float[N,4] f, float[N,4] o) { f = Add(p, q)  o = Tanh(f) }>(i, r) }",
+        s=np.array([40]),
+        e=np.array([1 << 40]),
+        a=np.array([1]),
+        t=np.array([0, -1, 4]),
+    )
+    assert [feeds["x"].shape[1] > 40 for feeds in runtime.working_feeds(proto)] == [True, True]
+
+
 def test_working_feeds_of_a_recurrent_state() -> None:
     proto = model(
         "g (float[N,4] x, float[1,?,4] h) => (float[2,N,4] y)"

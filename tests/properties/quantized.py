@@ -21,7 +21,7 @@ def rounded(g: Writer) -> None:
     x = g.pick()
     if x is None:
         return
-    step, zero = g.emit(STEP)[0], _weight(g, g.choose(("i8", "u8")))
+    step, zero = g.emit(STEP)[0], _weight(g, "u8")
     g.same(x, f"DequantizeLinear(QuantizeLinear({x}, {step}, {zero}), {step}, {zero})")
 
 
