@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from onnxprune import commands
 from onnxprune.errors import InvalidModelError, InvalidRecipeError, OnnxPruneError
 
 if TYPE_CHECKING:
@@ -361,6 +362,9 @@ def setup_training(quiet: Quiet = False, debug: Debug = False) -> int:
         folder = install(progress=listener)
     print(f"training runtime: {folder}")
     return FINE
+
+
+commands.register(app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -52,6 +52,18 @@ class Edit:
         tensor.name = node.proto.input[slot] = self._fresh(old or f"{node.outputs[0]}_bias")
         self.model.graph.initializer.append(tensor)
 
+    def replace(self, name: str, value: NDArray[Any], kind: int) -> None:
+        """The constant `name` becomes `value`, wherever it is read."""
+        tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        tensor.data_type = kind
+        for initializer in self.model.graph.initializer:
+            if initializer.name == name:
+                initializer.CopyFrom(tensor)
+                return
+        node = self.graph.producer[name].proto
+        del node.attribute[:]
+        node.attribute.append(onnx.helper.make_attribute("value", tensor))
+
     def _fresh(self, wish: str) -> str:
         name, n = wish, 1
         while name in self._taken:
@@ -77,7 +89,7 @@ class Edit:
             shape[axis] = -1
             cut = np.asarray(value == 0).reshape(shape)
         self.set_weight(node.index, 1, np.where(cut, weight, 0).astype(weight.dtype), kind)
-        self._add_bias(node.index, shift.astype(weight.dtype), kind)
+        self.add_bias(node.index, shift.astype(weight.dtype), kind)
 
     def redirect(
         self, index: int, sources: NDArray[Any], target: NDArray[Any], factor: NDArray[Any]
@@ -104,7 +116,8 @@ class Edit:
         rows = np.repeat(keep, weight.shape[0] // groups, axis=1)
         return rows.reshape(weight.shape[:2] + (1,) * (weight.ndim - 2))
 
-    def _add_bias(self, index: int, shift: NDArray[Any], kind: int) -> None:
+    def add_bias(self, index: int, shift: NDArray[Any], kind: int) -> None:
+        """What layer `index` gives is moved by `shift`."""
         node = self.graph.nodes[index]
         if node.op_type == "MatMul":
             self._insert_add(index, shift, kind)

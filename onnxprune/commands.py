@@ -1,0 +1,158 @@
+"""The commands beside `prune`: single weights, whole layers, recipes. See `onnxprune.cli`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from onnxprune.errors import BudgetError, InvalidRecipeError
+
+if TYPE_CHECKING:
+    import onnx
+
+
+class Method(StrEnum):
+    """Which weights go."""
+
+    magnitude = "magnitude"
+    wanda = "wanda"
+    sparsegpt = "sparsegpt"
+
+
+class Allocation(StrEnum):
+    """How much each layer loses."""
+
+    layer = "layer"
+    everywhere = "global"
+
+
+ModelIn = Annotated[Path, typer.Argument(metavar="IN.onnx", help="The model to read.")]
+ModelOut = Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write the result.")]
+Data = Annotated[
+    str | None, typer.Option(metavar="SRC", help="Data to calibrate on; labels are not needed.")
+]
+Val = Annotated[
+    str | None, typer.Option(metavar="SRC", help="Held-out data to measure with; default --data.")
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Leave alone what this pattern names; repeatable."),
+]
+Samples = Annotated[int, typer.Option(min=1, help="Samples to calibrate on.")]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(help="Write nothing if the metric falls by more than this many points."),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute with.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+
+
+def prune_weights(
+    source: ModelIn,
+    target: ModelOut,
+    sparsity: Annotated[float, typer.Option(help="Share of the weights that become zero.")] = 0.5,
+    pattern: Annotated[
+        str,
+        typer.Option(help="unstructured; N:M, as 2:4 along the inputs; RxC, as blocks of 4x1."),
+    ] = "unstructured",
+    method: Annotated[
+        Method | None,
+        typer.Option(help="Which weights go; default sparsegpt with --data, else magnitude."),
+    ] = None,
+    allocation: Annotated[
+        Allocation, typer.Option(help="Every layer alike, or by what each one loses.")
+    ] = Allocation.everywhere,
+    data: Data = None,
+    val: Val = None,
+    keep: Keep = None,
+    samples: Samples = 1024,
+    sparse_file: Annotated[
+        bool, typer.Option(help="Store weights with many zeros as sparse initializers.")
+    ] = False,
+    max_drop: MaxDrop = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> int:
+    """Set single weights to zero, and adjust the others to make up for them."""
+    from onnxprune import io
+    from onnxprune.passes.prune_weights import PruneWeights
+    from onnxprune.report.console import stdout_console
+    from onnxprune.report.progress import progress
+    from onnxprune.report.steps import show_weights
+    from onnxprune.sparse_file import with_sparse_initializers
+
+    chosen = method.value if method else "sparsegpt" if data else "magnitude"
+    options = PruneWeights(
+        sparsity=sparsity,
+        pattern=pattern,
+        method=chosen,  # type: ignore[arg-type]
+        allocation=allocation.value,
+        keep=tuple(keep or ()),
+        samples=samples,
+        threads=threads,
+    )
+    model = io.load(source)
+    with progress(quiet) as listener:
+        result = options(model, _data(data, model), progress=listener)
+    finished = with_sparse_initializers(result.model) if sparse_file else result.model
+    metrics = _measured(model, finished, val or data, threads)
+    show_weights(stdout_console(), model, finished, result, metrics)
+    return _written(finished, target, metrics, max_drop)
+
+
+def _data(source: str | None, model: onnx.ModelProto) -> Any:
+    if source is None:
+        return None
+    from onnxprune.data import open_data
+
+    return open_data(source, model)
+
+
+def _measured(
+    before: onnx.ModelProto, after: onnx.ModelProto, source: str | None, threads: int | None
+) -> list[dict[str, float]]:
+    """Metrics of both models; none without data."""
+    if source is None:
+        return [{}, {}]
+    from onnxprune.metrics import evaluate
+
+    data = _data(source, before)
+    return [
+        evaluate(before, data, threads=threads, reference=before),
+        evaluate(after, data, threads=threads, reference=before),
+    ]
+
+
+def _written(
+    model: onnx.ModelProto, target: Path, metrics: list[dict[str, float]], max_drop: float | None
+) -> int:
+    """Write the model unless it misses what was asked for.
+
+    Raises:
+        InvalidRecipeError: there is nothing to measure the promise with.
+        BudgetError: the metric fell by more than `max_drop` points.
+    """
+    from onnxprune import io
+
+    if max_drop is not None:
+        name = next((n for n in ("accuracy", "agreement") if n in metrics[1]), None)
+        if name is None:
+            raise InvalidRecipeError("--max-drop needs data to measure with: add --val SRC")
+        drop = 100 * (metrics[0].get(name, 1.0) - metrics[1][name])
+        if drop > max_drop + 1e-9:
+            raise BudgetError(
+                f"{name} fell by {drop:.2f} points, more than --max-drop {max_drop:g}; "
+                f"{target} is not written"
+            )
+    io.save(model, target)
+    print(f"wrote {target}")
+    return 0
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("prune-weights")(prune_weights)

@@ -1,0 +1,142 @@
+"""Which single weights go, and what the others become: masks and their patterns, and OBS."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxprune.errors import InvalidRecipeError
+
+Array = NDArray[Any]
+Mask = NDArray[np.bool_]
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Where zeros may be: anywhere; `kept` of every `of` inputs; or in blocks of rows x columns."""
+
+    kept: int = 0
+    of: int = 0
+    rows: int = 1
+    columns: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """ "unstructured", "2:4" (kept of every four inputs), "4x1" (outputs x inputs of a block).
+
+        Raises:
+            InvalidRecipeError: it is none of these.
+        """
+        if text == "unstructured":
+            return cls()
+        two = re.fullmatch(r"(\d+)([:x])(\d+)", text)
+        if two is not None:
+            a, b = int(two[1]), int(two[3])
+            if two[2] == ":" and 0 < a < b:
+                return cls(kept=a, of=b)
+            if two[2] == "x" and a > 0 and b > 0:
+                return cls(rows=a, columns=b)
+        raise InvalidRecipeError(
+            f"pattern {text!r}: give unstructured, N:M as in 2:4, or RxC as in 4x1"
+        )
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the pattern itself says how many weights stay."""
+        return self.of > 0
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros that the pattern makes, where it says so."""
+        return 1 - self.kept / self.of if self.fixed else 0.0
+
+    def fits(self, shape: tuple[int, ...], period: int) -> bool:
+        """Whether weights [G, M, K], of which `period` neighbours are channels, can follow it."""
+        if self.fixed:
+            return period % self.of == 0
+        return shape[1] % self.rows == 0 and period % self.columns == 0
+
+
+def choose(scores: Array, share: float, pattern: Pattern, *, per_row: bool = False) -> Mask:
+    """keep[G, M, K]: of scores[G, M, K] the largest, so that about `share` of them go."""
+    g, m, k = scores.shape
+    if pattern.fixed:
+        parts = scores.reshape(g, m, -1, pattern.of)
+        order = np.argsort(np.argsort(-parts, axis=-1, kind="stable"), axis=-1, kind="stable")
+        return np.asarray((order < pattern.kept).reshape(scores.shape))
+    r, c = pattern.rows, pattern.columns
+    blocks = scores.reshape(g, m // r, r, k // c, c).sum(axis=(2, 4))
+    lines = blocks.reshape(g * (m // r), -1) if per_row else blocks.reshape(1, -1)
+    gone = round(share * lines.shape[1])
+    keep = np.ones(lines.shape, bool)
+    if gone:
+        np.put_along_axis(keep, np.argsort(lines, axis=1, kind="stable")[:, :gone], False, axis=1)
+    keep = keep.reshape(blocks.shape)
+    return np.repeat(np.repeat(keep, r, axis=1), c, axis=2)
+
+
+def inverse_factor(hessian: Array, damping: float) -> Array:
+    """The upper Cholesky factor of the inverse of a damped Hessian [K, K]."""
+    from scipy.linalg import cho_factor, cho_solve, cholesky
+
+    level = damping * float(np.mean(np.diag(hessian))) + 1e-12
+    damped = hessian + level * np.eye(len(hessian))
+    inverse = cho_solve(cho_factor(damped, lower=True), np.eye(len(damped)))
+    return np.asarray(cholesky((inverse + inverse.T) / 2, lower=False))
+
+
+def obs(weight: Array, hessian: Array, share: float, pattern: Pattern, damping: float) -> Array:
+    """Weights [M, K] with zeros, the rest adjusted column by column to make up for them.
+
+    SparseGPT (Frantar and Alistarh, 2023), the Optimal Brain Surgeon (Hassibi and Stork, 1993) with
+    one order of columns for all rows. N:M patterns are chosen among updated weights.
+    """
+    w = weight.astype(np.float64).copy()
+    factor = inverse_factor(hessian, damping)
+    diagonal = np.diag(factor)
+    keep = np.ones(w.shape, bool)
+    if not pattern.fixed:
+        keep = choose(((w / diagonal) ** 2)[None], share, pattern)[0]
+    k = w.shape[1]
+    for start in range(0, k, BLOCK):
+        stop = min(start + BLOCK, k)
+        errors = np.zeros((len(w), stop - start))
+        for i in range(start, stop):
+            if pattern.fixed and i % pattern.of == 0:
+                part = slice(i, i + pattern.of)
+                keep[:, part] = choose(((w[:, part] / diagonal[part]) ** 2)[None], share, pattern)[
+                    0
+                ]
+            errors[:, i - start] = np.where(keep[:, i], 0.0, w[:, i]) / diagonal[i]
+            w[:, i:stop] -= errors[:, i - start, None] * factor[i, i:stop]
+            w[:, i] = np.where(keep[:, i], w[:, i], 0.0)
+        w[:, stop:] -= errors @ factor[start:stop, stop:]
+    return w
+
+
+def resolve(weight: Array, keep: Mask, hessian: Array, cross: Array, damping: float) -> Array:
+    """The best weights [M, K] where `keep`, for the outputs that `weight` has on its own inputs.
+
+    min over w of E |w x - weight t|^2 + level |w - weight|^2, row by row, with the means of x x^T
+    in `hessian` and of t x^T in `cross`.
+    """
+    level = damping * float(np.mean(np.diag(hessian))) + 1e-12
+    damped = hessian + level * np.eye(len(hessian))
+    goal = weight.astype(np.float64) @ (cross + level * np.eye(len(cross)))
+    found = np.zeros(keep.shape)
+    for row, kept in enumerate(map(np.flatnonzero, keep)):
+        if kept.size:
+            found[row, kept] = np.linalg.solve(damped[np.ix_(kept, kept)], goal[row, kept])
+    return found
+
+
+def relative_error(old: Array, new: Array, hessian: Array) -> float:
+    """The squared error of a layer's outputs, relative to their square; all are [G, ...]."""
+    gap = new - old
+    parts = [np.einsum("gmk,gkl,gml->", w, hessian, w, optimize=True) for w in (gap, old)]
+    return float(parts[0]) / max(float(parts[1]), 1e-30)

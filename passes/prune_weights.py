@@ -1,0 +1,241 @@
+"""Set single weights to zero: for smaller compressed files, and for sparse kernels."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.analysis import normalize
+from onnxprune.data import Dataset
+from onnxprune.editing import Edit
+from onnxprune.errors import InvalidRecipeError
+from onnxprune.grams import Moments, Taps, calibration_batches
+from onnxprune.graph import Graph
+from onnxprune.matrices import Matrix, find_matrices
+from onnxprune.progress import Progress, Silent
+from onnxprune.sparsity import Pattern, choose, inverse_factor, obs, relative_error, resolve
+
+Array = NDArray[Any]
+Method = Literal["magnitude", "wanda", "sparsegpt"]
+Allocation = Literal["layer", "global"]
+#: Up to this width the weights that stay are re-solved exactly; beyond, OBS's own update is kept.
+RESOLVE_WIDTH = 1536
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """One weight: its share of zeros, and the squared error of its outputs, relative to them."""
+
+    name: str
+    shape: tuple[int, ...]
+    sparsity: float
+    error: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class WeightsResult:
+    """The model with zeros; sizes in bytes of the file as it is, and compressed by zlib."""
+
+    model: onnx.ModelProto
+    layers: tuple[SparseLayer, ...]
+    size_bytes: int
+    compressed_before: int
+    compressed_after: int
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros among the weights of all layers."""
+        sizes = [float(np.prod(layer.shape)) for layer in self.layers]
+        zeros = sum(s * layer.sparsity for s, layer in zip(sizes, self.layers, strict=True))
+        return zeros / max(sum(sizes), 1.0)
+
+
+@dataclass(frozen=True)
+class PruneWeights:
+    """Set a share of each layer's weights to zero, and adjust the others to make up for them.
+
+    `magnitude`: the smallest go (Han et al., 2015). `wanda`: the smallest times the norm of what
+    they read, within each output (Sun et al., 2024). `sparsegpt`: what the squared error of the
+    outputs misses least, with an update of the rest (Frantar and Alistarh, 2023), layer after
+    layer on the inputs that the pruned layers before it give. `allocation`: every layer loses the
+    same share, or layers lose by what they lose of their outputs.
+    """
+
+    name: ClassVar[str] = "prune-weights"
+
+    sparsity: float = 0.5
+    pattern: str = "unstructured"
+    method: Method = "sparsegpt"
+    allocation: Allocation = "global"
+    keep: tuple[str, ...] = ()
+    samples: int = 1024
+    damping: float = 0.1
+    seed: int = 0
+    threads: int | None = None
+    _parsed: Pattern = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse options that make no sense."""
+        object.__setattr__(self, "_parsed", Pattern.parse(self.pattern))
+        if not 0 < self.sparsity < 1:
+            raise InvalidRecipeError(f"sparsity {self.sparsity:g}: a share must be in (0, 1)")
+        for option, kind in (("method", Method), ("allocation", Allocation)):
+            if getattr(self, option) not in get_args(kind):
+                raise InvalidRecipeError(
+                    f"{option} {getattr(self, option)!r}: choose {', '.join(get_args(kind))}"
+                )
+
+    def __call__(
+        self,
+        model: onnx.ModelProto,
+        data: Dataset | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> WeightsResult:
+        """A copy of the model with zeros among its weights.
+
+        Raises:
+            InvalidRecipeError: the method needs data and there is none.
+            InvalidDataError: the data is empty.
+        """
+        if data is None and self.method != "magnitude":
+            raise InvalidRecipeError(f"method {self.method} needs data to calibrate on")
+        batches = [] if data is None else calibration_batches(data, self.samples)
+        run = _Run(self, normalize(model), Taps(batches, self.threads), progress or Silent())
+        layers = run.prune()
+        small = run.edit.model
+        sizes = [compressed_bytes(m) for m in (model, small)]
+        return WeightsResult(small, layers, small.ByteSize(), *sizes)
+
+
+def compressed_bytes(model: onnx.ModelProto) -> int:
+    """The size of the file after zlib, as in .zip and .gz."""
+    return len(zlib.compress(model.SerializeToString(), 6))
+
+
+class _Run:
+    """One run of the pass over one model."""
+
+    def __init__(
+        self, options: PruneWeights, model: onnx.ModelProto, taps: Taps, progress: Progress
+    ) -> None:
+        self.options, self.taps, self.progress = options, taps, progress
+        self.edit = Edit(model)
+        self.graph = Graph.of(model)
+        self.original = Taps(taps.batches, taps.threads)
+        self.changed = False
+        self.matrices = list(find_matrices(self.graph))
+
+    def prune(self) -> tuple[SparseLayer, ...]:
+        """Prune every layer, and say what became of each."""
+        chosen = [m for m in self.matrices if not self._reason(m)]
+        shares = self._shares(chosen)
+        self.progress.stage("prune-weights", len(chosen))
+        rows = []
+        for matrix in self.matrices:
+            note = self._reason(matrix)
+            if note:
+                rows.append(SparseLayer(matrix.name, matrix.dims, 0.0, None, note))
+                continue
+            rows.append(self._layer(matrix, shares[matrix.name]))
+            self.progress.step(len(rows))
+        return tuple(rows)
+
+    def _reason(self, matrix: Matrix) -> str:
+        """Why a weight is left alone; empty where it is not."""
+        names = (matrix.name, matrix.node.proto.name, matrix.node.title)
+        if any(fnmatch(n, p) for n in names for p in self.options.keep):
+            return "kept by name"
+        shape = self._weight(matrix).shape
+        if not self.options._parsed.fits(shape, matrix.period):
+            return f"its shape does not divide into {self.options.pattern}"
+        if self.options.method == "magnitude":
+            return ""
+        if not matrix.x:
+            return "what it reads is no output of the operator"
+        return ""
+
+    def _weight(self, matrix: Matrix) -> Array:
+        return matrix.read(self.edit.weight(matrix.node.index, matrix.slot))
+
+    def _moments(self, matrix: Matrix) -> Moments:
+        goals = self.original.read(self.graph.model, matrix.x)
+        now = self.taps.read(self.edit.model, matrix.x) if self.changed else goals
+        return matrix.moments(now, goals, self.options.seed)
+
+    def _shares(self, matrices: Sequence[Matrix]) -> Mapping[str, float]:
+        """The share of each layer that goes."""
+        target = self.options.sparsity
+        if self.options.allocation == "layer" or self.options._parsed.fixed:
+            return dict.fromkeys((m.name for m in matrices), target)
+        scores = [self._harm(m).ravel() for m in matrices]
+        order = np.sort(np.concatenate(scores))
+        limit = order[min(int(target * order.size), order.size - 1)]
+        return {
+            m.name: min(float((s < limit).mean()), 0.95)
+            for m, s in zip(matrices, scores, strict=True)
+        }
+
+    def _harm(self, matrix: Matrix) -> Array:
+        """What each weight adds to its layer's output, as a share of it."""
+        weight = self._weight(matrix).astype(np.float64)
+        if self.options.method == "magnitude":
+            return np.abs(weight)
+        square, _ = self._moments(matrix).means(False)
+        harm = weight**2 * np.diagonal(square, axis1=1, axis2=2)[:, None, :]
+        if self.options.method == "sparsegpt":
+            factors = [inverse_factor(h, self.options.damping) for h in square]
+            harm = (weight / np.stack([np.diag(f) for f in factors])[:, None, :]) ** 2
+        whole = np.einsum("gmk,gkl,gml->", weight, square, weight, optimize=True)
+        return np.asarray(harm / max(float(whole), 1e-30))
+
+    def _layer(self, matrix: Matrix, share: float) -> SparseLayer:
+        old = self._weight(matrix).astype(np.float64)
+        moments = self._moments(matrix) if self.taps.batches else None
+        centred = moments is not None and self._has_bias(matrix)
+        means = None if moments is None else moments.means(centred)
+        new = self._pruned(old, means, share)
+        error = None if means is None else relative_error(old, new, means[0])
+        index = matrix.node.index
+        stored = self.edit.weight(index, matrix.slot)
+        kind = self.graph.constants[matrix.name].dtype
+        self.edit.replace(matrix.name, matrix.write(new).astype(stored.dtype), kind)
+        if centred and moments is not None:
+            self.edit.add_bias(index, moments.shift(old, new).astype(stored.dtype), kind)
+        self.changed = True
+        return SparseLayer(matrix.name, matrix.dims, float((new == 0).mean()), error)
+
+    def _has_bias(self, matrix: Matrix) -> bool:
+        """Whether a change of the mean output can go into a bias."""
+        node = matrix.node
+        plain = node.op_type == "Conv" or (
+            node.op_type == "Gemm" and node.attr("alpha", 1.0) == node.attr("beta", 1.0) == 1.0
+        )
+        alone = len(self.graph.uses.get(matrix.name, ())) == 1
+        return plain and alone and (not node.input(2) or node.input(2) in self.graph.constants)
+
+    def _pruned(self, old: Array, means: tuple[Array, Array] | None, share: float) -> Array:
+        pattern, method = self.options._parsed, self.options.method
+        if method == "sparsegpt" and means is not None:
+            return np.stack([self._by_obs(*part, share) for part in zip(old, *means, strict=True)])
+        scores = np.abs(old)
+        if method == "wanda" and means is not None:
+            norm = np.sqrt(np.maximum(np.diagonal(means[0], axis1=1, axis2=2), 0))
+            scores = scores * norm[:, None, :]
+        keep = choose(scores, share, pattern, per_row=method == "wanda")
+        return np.where(keep, old, 0.0)
+
+    def _by_obs(self, weight: Array, hessian: Array, cross: Array, share: float) -> Array:
+        damping = self.options.damping
+        new = obs(weight, hessian, share, self.options._parsed, damping)
+        if len(hessian) > RESOLVE_WIDTH:
+            return new
+        return resolve(weight, new != 0, hessian, cross, damping)
