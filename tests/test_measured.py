@@ -14,7 +14,8 @@ from tests.graphs import TOLERANCE, build, prune_half, shapes
 #: An expert's hidden layer sees only the rows that the router sends to it.
 EXPERT = build(
     "(float[N,6] x) => (float[N,6] y)",
-    """r = MatMul(x, route)  zero = Sub(r, r)  k = Greater(r, zero)  f = Squeeze(k, one)  n = NonZero(f)
+    """r = MatMul(x, route)  zero = Sub(r, r)  k = Greater(r, zero)
+    f = Squeeze(k, one)  n = NonZero(f)
     i = Squeeze(n, nought)  j = Transpose(n)  g = Gather<axis=0>(x, i)
     shape = Shape(g)  flat = Reshape(g, shape)
     a = MatMul(flat, w1)  b = Relu(a)  c = MatMul(b, w2)

@@ -87,14 +87,32 @@ def _finish(
 ) -> None:
     if bias >= 0 and node.input(bias):
         c.tie(node, out, c.axis(node, bias, 0))
-    c.set(node, {0: c.axis(node, 0, 0), 1: out})
-    for axis in range(2, len(c.dims(node, 0))):
-        c.freeze(node, c.axis(node, 0, axis), f"spatial axis of {node.title}")
+    spatial = {a: _spatial(node, c, a, weight) for a in range(2, len(c.dims(node, 0)))}
+    c.set(node, {0: c.axis(node, 0, 0), 1: out, **spatial})
     for axis in range(2, len(c.dims(node, weight))):
         if c.constant(node, weight) is None:
             c.freeze(node, c.axis(node, weight, axis), f"kernel axis of {node.title}")
     c.produce(node, out)
-    c.layer(node, weight, macs, *axes)
+    c.layer(node, weight, macs, *axes, *spatial.values())
+
+
+def _spatial(node: Node, c: Interpreter, axis: int, weight: int) -> Labels | None:
+    """Channels may lie along a spatial axis, as in channel attention by a 1-D convolution.
+
+    Where it stays as long as it was, the neighbours of a removed position move together (Wang et
+    al., ECA-Net, 2020, mix neighbouring channels so).
+    """
+    labels = c.axis(node, 0, axis)
+    if labels is None:
+        return None
+    stride = (node.attr("strides") or [1] * axis)[axis - 2]
+    same = c.out_dims(node)[axis] == labels.size and node.attr("output_shape") is None
+    if stride != 1 or not same:
+        c.freeze(node, labels, f"spatial axis of {node.title}")
+        return None
+    if c.dims(node, weight)[axis] > 1:
+        c.inexact(node, labels, f"{node.title} mixes neighbours along it")
+    return labels
 
 
 def _grouped(
