@@ -338,7 +338,8 @@ def test_a_scan_along_its_second_axis_is_fed_long_signals_first() -> None:
     proto = model(
         "g (float[N,T] x) => (float[N,4] y) {"
         "  d = Slice(x, s, e, a)  r = Reshape(d, t)  h = ReduceMax(r, a)  i = Squeeze(h, a)"
-        "  y, u = Scan<scan_input_axes=[1], num_scan_inputs=1, body = b (float[N,4] p, float[N,4] q)"
+        "  y, u = Scan<scan_input_axes=[1], num_scan_inputs=1,"
+        "  body = b (float[N,4] p, float[N,4] q)"
         "  => (float[N,4] f, float[N,4] o) { f = Add(p, q)  o = Tanh(f) }>(i, r) }",
         s=np.array([40]),
         e=np.array([1 << 40]),
