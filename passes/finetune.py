@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import numpy as np
 import onnx
 
-from onnxprune.data import Batch, Dataset
+from onnxprune.data import Dataset
 from onnxprune.errors import InvalidRecipeError, TrainingError
 from onnxprune.progress import Progress, Silent
 from onnxprune.training import ensure_training
+from onnxprune.training.augment import Augment, augmentation
 from onnxprune.training.autodiff.local import LocalWorker
 from onnxprune.training.client import Worker
+from onnxprune.training.features import Features
 from onnxprune.training.groups import ParameterGroup
 from onnxprune.training.loss import Distillation
 from onnxprune.training.run import RATES, Epoch, FinetuneResult, Run
@@ -23,7 +23,6 @@ from onnxprune.training.schedule import Schedule
 
 __all__ = ["Augment", "Epoch", "Finetune", "FinetuneResult", "ParameterGroup"]
 
-Augment = Callable[[Batch, np.random.Generator], Batch]
 BatchNormMode = Literal["frozen", "batch"]
 Backend = Literal["auto", "worker", "builtin"]
 OptimizerName = Literal["adamw", "sgd"]
@@ -54,7 +53,11 @@ class Finetune:
         patience: epochs without a better validation result before the training ends; None: never.
         checkpoint: file that holds the state after every epoch.
         resume: continue from `checkpoint` if that file exists.
-        augment: changes each training batch, given a generator.
+        augment: changes each training batch, given a generator; or names out of "flip", "shift"
+            and "mixup", for images.
+        features: inner tensors that are compared with the teacher's too: "last" is what the last
+            layer reads; or names that both models have.
+        feature_weight: of those in the loss.
         masked: keep weights at zero that are zero at the start.
         batchnorm: "frozen": BatchNormalization acts as in inference; "batch": it normalizes by the
             statistics of the batch, and running ones are collected, as in training from scratch.
@@ -82,7 +85,9 @@ class Finetune:
     patience: int | None = None
     checkpoint: Path | None = None
     resume: bool = False
-    augment: Augment | None = None
+    augment: Augment | tuple[str, ...] | None = None
+    features: Features = "none"
+    feature_weight: float = 1.0
     masked: bool = False
     batchnorm: BatchNormMode = "frozen"
     bn_momentum: float = 0.9
@@ -102,6 +107,8 @@ class Finetune:
             "alpha": 0 <= self.alpha <= 1,
             "schedule": self.schedule in ("cosine", "linear", "constant"),
             "backend": self.backend in ("auto", "worker", "builtin"),
+            "feature_weight": self.feature_weight >= 0,
+            "features": self.features in ("none", "last") or isinstance(self.features, tuple),
             "ema": 0 <= self.ema < 1,
             "clip": self.clip >= 0,
             "batch_size": self.batch_size >= 1,
@@ -116,6 +123,8 @@ class Finetune:
                 raise InvalidRecipeError(
                     f"finetune: {option}={getattr(self, option)!r} is out of range"
                 )
+
+        augmentation(self.augment)
 
     def __call__(
         self,

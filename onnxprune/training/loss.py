@@ -9,6 +9,7 @@ labels, ignored positions and parts of batches:
 * soft:   sum -target * log_softmax(z / T)      cross-entropy, and KL less its constant
 * binary: sum weight * softplus(z) - target * z  cross-entropy of sigmoids
 * square: sum weight * (z - target)^2
+* likeness: the same between the rows of z z^T, each of length 1 (see `features`)
 
 The constant part of KL enters as `offset`, so that the loss shown is the divergence itself.
 """
@@ -26,8 +27,9 @@ from onnx import TensorProto, helper
 
 from onnxprune.errors import TrainingError
 from onnxprune.training.draft import Builder, Draft, attributes, infer
+from onnxprune.training.features import EPSILON, likeness
 
-Kind = Literal["soft", "binary", "square"]
+Kind = Literal["soft", "binary", "square", "likeness"]
 Final = Literal["softmax", "logsoftmax", "sigmoid", "none"]
 Distillation = Literal["auto", "kl", "mse"]
 Arrays = dict[str, NDArray[Any]]
@@ -125,6 +127,23 @@ def plan_objective(
     if not terms:
         raise TrainingError("nothing to learn from: the model has no float output")
     return Objective(tuple(terms))
+
+
+def feature_terms(
+    kinds: Mapping[str, Kind], teacher: Mapping[str, NDArray[Any]], weight: float
+) -> list[Term]:
+    """Terms that compare inner tensors with the teacher's.
+
+    Squared differences count relative to the teacher's variance.
+    """
+    terms = []
+    for index, (name, kind) in enumerate(kinds.items()):
+        scale = 1.0
+        if kind == "square":
+            scale = 1 / max(float(np.var(teacher[name], dtype=np.float64)), 1e-6)
+        term = Term(f"feature{index}", name, kind, "none", 0, weight, 1.0, True, scale=scale)
+        terms.append(term)
+    return terms
 
 
 def _label_term(
@@ -236,6 +255,9 @@ def _label_feeds(term: Term, labels: NDArray[Any]) -> Arrays:
 def _teacher_feeds(term: Term, output: NDArray[Any]) -> tuple[Arrays, float]:
     """Targets of a teacher term for a whole batch, and the constant of its divergence."""
     key, z = f"onnxprune.{term.key}", output.astype(np.float32)
+    if term.kind == "likeness":
+        share = np.array([term.weight / len(z)], np.float32)
+        return {key: likeness(z), key + ".weight": share}, 0.0
     if term.kind == "square":
         weight = term.weight * term.scale / z.size
         return {key: z, key + ".weight": np.array([weight], np.float32)}, 0.0
@@ -297,7 +319,9 @@ def loss_value(objective: Objective, outputs: Mapping[str, NDArray[Any]], feeds:
     for term in objective.terms:
         key = f"onnxprune.{term.key}"
         z, target = outputs[term.output].astype(np.float64), feeds[key].astype(np.float64)
-        if term.kind == "square":
+        if term.kind == "likeness":
+            z = likeness(z).astype(np.float64)
+        if term.kind in ("square", "likeness"):
             total += float(feeds[key + ".weight"][0] * np.square(z - target.reshape(z.shape)).sum())
         elif term.kind == "binary":
             weight = float(feeds[key + ".weight"][0])
@@ -331,6 +355,8 @@ def append_loss(draft: Draft, objective: Objective) -> None:
 def _term_nodes(draft: Draft, b: Builder, term: Term) -> str:
     key = f"onnxprune.{term.key}"
     rank = len(draft.shapes.get(term.output) or ()) or None
+    if term.kind == "likeness":
+        rank = 2
     z = term.output
     node = _producer(draft, z)
     if node is not None and term.kind != "square" and term.final in ("softmax", "sigmoid"):
@@ -347,9 +373,19 @@ def _term_nodes(draft: Draft, b: Builder, term: Term) -> str:
         plus = b.op("Add", b.op("Relu", z), b.op("Log", b.op("Add", small, 1.0)))
         gain = b.op("Sub", b.op("Mul", plus, weight), b.op("Mul", z, target))
         return b.op("ReduceSum", gain, keepdims=0)
+    if term.kind == "likeness":
+        z = _likeness_nodes(b, z)
     difference = b.op("Sub", z, target)
     square = b.op("Mul", b.op("Mul", difference, difference), weight)
     return b.op("ReduceSum", square, keepdims=0)
+
+
+def _likeness_nodes(b: Builder, z: str) -> str:
+    """[N, ...] -> [N, N], as `features.likeness` does it."""
+    flat = b.op("Flatten", z, axis=1)
+    products = b.op("Gemm", flat, flat, transB=1)
+    squares = b.op("ReduceSum", b.op("Mul", products, products), np.array([1]), keepdims=1)
+    return b.op("Div", products, b.op("Sqrt", b.op("Add", squares, EPSILON)))
 
 
 def _input(draft: Draft, name: str, shape: Sequence[int | None] | None) -> str:

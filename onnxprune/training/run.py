@@ -18,6 +18,7 @@ from onnxprune import runtime
 from onnxprune.data import Batch, Dataset
 from onnxprune.errors import InvalidDataError, TrainingError
 from onnxprune.progress import Progress
+from onnxprune.training.augment import augmentation
 from onnxprune.training.backend import Gradients, WorkerTrainer
 from onnxprune.training.checkpoint import (
     Checkpoint,
@@ -25,8 +26,15 @@ from onnxprune.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from onnxprune.training.features import chosen, kinds, with_outputs
 from onnxprune.training.legalise import TrainingGraph, legalise
-from onnxprune.training.loss import Objective, append_loss, loss_value, plan_objective
+from onnxprune.training.loss import (
+    Objective,
+    append_loss,
+    feature_terms,
+    loss_value,
+    plan_objective,
+)
 from onnxprune.training.parameters import write_back
 from onnxprune.training.schedule import rate_at
 from onnxprune.training.teacher import Teacher
@@ -96,9 +104,13 @@ class Run:
         rows = _rows(first)
         self.parts = max(1, options.batch_size // rows)
         self.steps_per_epoch = _count_steps(data, options.batch_size, rows, self.parts)
-        self.graph = _differentiable(student, first)
+        self.features = self._choose_features()
+        self.exposed = with_outputs(student, self.features)
+        self.graph = _differentiable(self.exposed, first)
         self.objective = self._plan(first)
         self.teacher = self._make_teacher()
+        classes = [t.classes for t in self.objective.terms if t.key == "label" and t.classes]
+        self.augment = augmentation(options.augment, classes[0] if classes else None)
         append_loss(self.graph.draft, self.objective)
         self.trainer = self._make_trainer(worker)
         self._check(first)
@@ -111,29 +123,44 @@ class Run:
         self.done_steps = 0
         self.training_s = 0.0
 
+    def _choose_features(self) -> list[str]:
+        """The inner tensors to compare, of which there are none without a teacher."""
+        if self.teacher_model is None or not self.options.feature_weight:
+            return []
+        return chosen(self.options.features, self.student, self.teacher_model)
+
     def _plan(self, first: Batch) -> Objective:
         """Choose the loss from the first batch."""
-        session = runtime.session(self.student, threads=self.threads)
+        session = runtime.session(self.exposed, threads=self.threads)
         outputs = runtime.run(session, first.feeds)
-        return plan_objective(
+        plan = plan_objective(
             self.graph.draft,
-            outputs,
+            {n: o for n, o in outputs.items() if n not in self.features},
             first.labels,
             has_teacher=self.teacher_model is not None,
             alpha=self.options.alpha,
             temperature=self.options.temperature,
             distillation=self.options.distillation,
         )
+        if not self.features or self.teacher_model is None:
+            return plan
+        answers = Teacher(
+            with_outputs(self.teacher_model, self.features), self.features, threads=self.threads
+        )(first.feeds)
+        compared = kinds(outputs, answers, self.features)
+        more = feature_terms(compared, answers, self.options.feature_weight)
+        return Objective((*plan.terms, *more))
 
     def _make_teacher(self) -> Teacher | None:
         if self.teacher_model is None or not self.objective.needs_teacher:
             return None
+        model = with_outputs(self.teacher_model, self.features)
         outputs = sorted({t.output for t in self.objective.terms if t.teacher})
-        missing = set(outputs) - {o.name for o in self.teacher_model.graph.output}
+        missing = set(outputs) - {o.name for o in model.graph.output}
         if missing:
             raise TrainingError(f"the teacher has no output named {', '.join(sorted(missing))}")
         again = self.options.augment is None and self.options.epochs > 1
-        return Teacher(self.teacher_model, outputs, threads=self.threads, remember=again)
+        return Teacher(model, outputs, threads=self.threads, remember=again)
 
     def _make_trainer(self, worker: Gradients) -> WorkerTrainer:
         options = self.options
@@ -157,13 +184,13 @@ class Run:
         """The start-up self-check on a few samples."""
         batch = _head(first, CHECK_SAMPLES) if self.parts == 1 else first
         feeds = self._feeds(batch, 1)
-        session = runtime.session(self.student, threads=self.threads)
+        session = runtime.session(self.exposed, threads=self.threads)
         expected = loss_value(self.objective, runtime.run(session, batch.feeds), feeds)
         self._note(self.trainer.check(feeds, expected, seed=self.options.seed))
 
     def _use_batch_statistics(self, first: Batch, worker: Gradients) -> None:
         """Train another form of the graph than the one that has been compared with inference."""
-        self.graph = _differentiable(self.student, first, momentum=self.options.bn_momentum)
+        self.graph = _differentiable(self.exposed, first, momentum=self.options.bn_momentum)
         append_loss(self.graph.draft, self.objective)
         self.trainer = self._make_trainer(worker)
         self._note(self.trainer.check(self._feeds(first, 1), None, seed=self.options.seed))
@@ -241,8 +268,7 @@ class Run:
         noise = np.random.default_rng([self.options.seed, epoch, 1])
         parts: list[Batch] = []
         for batch in self.data.batches(self.options.batch_size, rng=rng):
-            augment = self.options.augment
-            parts.append(batch if augment is None else augment(batch, noise))
+            parts.append(batch if self.augment is None else self.augment(batch, noise))
             if len(parts) == self.parts:
                 yield parts
                 parts = []
