@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from onnxprune.graph import FLOATS
-from onnxprune.protos import copy_fields, reads, topological_order
+from onnxprune.protos import reads, topological_order
 
 Array = NDArray[Any]
 
@@ -26,7 +26,9 @@ class Editable:
         self.proto = onnx.ModelProto()
         self.proto.CopyFrom(model)
         graph = self.proto.graph
-        order = topological_order(list(graph.node), lambda n: list(reads(n)))
+        order = topological_order(
+            [list(n.output) for n in graph.node], [list(reads(n)) for n in graph.node]
+        )
         protos = [graph.node[i] for i in order]
         self.nodes = [n for n in protos if n.op_type != "Constant"]
         self.constants = {n.output[0]: n for n in protos if n.op_type == "Constant"}
@@ -79,12 +81,11 @@ class Editable:
 
     def tensor(self, name: str) -> onnx.TensorProto | None:
         """The proto of a stored tensor, None for anything else."""
-        if name in self.tensors:
-            return self.tensors[name]
+        stored: onnx.TensorProto | None = self.tensors.get(name)
         node = self.constants.get(name)
-        if node is None or node.attribute[0].name != "value":
-            return None
-        return node.attribute[0].t
+        if node is not None and node.attribute[0].name == "value":
+            stored = node.attribute[0].t
+        return stored
 
     def weight(self, name: str) -> Array | None:
         """The value of a stored float tensor in float64, None for anything else."""
@@ -99,7 +100,7 @@ class Editable:
         return len(self.readers.get(name, ())) == 1 and name not in self.outputs | inputs
 
     def write(self, index: int, slot: int, value: Array) -> None:
-        """Input `slot` of node `index` holds `value`; other readers of the tensor are left alone."""
+        """Input `slot` of node `index` holds `value`; the tensor's other readers are left alone."""
         node = self.nodes[index]
         name = node.input[slot] if slot < len(node.input) else ""
         if name and self.is_own(name):
@@ -132,14 +133,10 @@ class Editable:
         self.readers[name] = [index]
         self._last[name] = index
 
-    def snapshot(self) -> bytes:
-        """The state to `restore`."""
-        return self.proto.SerializeToString()
-
     def model(self) -> onnx.ModelProto:
         """The model as it is now."""
         copy = onnx.ModelProto()
-        copy_fields(self.proto, copy, ())
+        copy.CopyFrom(self.proto)
         return copy
 
 

@@ -1,8 +1,8 @@
 """Second moments of a site's inputs and targets, computed by a small ONNX graph batch by batch.
 
-For inputs p[D] (unfolded patches for convolutions) and targets z[M], over all samples and positions:
-A = sum p p^T, B = sum p z^T, and the sums of p, z, z^2. The graph sums in float32 over one batch,
-the batches are added in float64.
+For inputs p[D] (unfolded patches for convolutions) and targets z[M], over samples and positions:
+A = sum p p^T, B = sum p z^T, and the sums of p, z and z^2. The graph sums in float32 over one
+batch, the batches are added in float64.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from onnxprune.calibration.sites import Site
 from onnxprune.calibration.walk import value_info
 
 Array = NDArray[Any]
+#: Sums that `measure` knows: A[G, D, D], B[G, D, M], p[G, D], z[G, M], zz[G, M].
+SECOND = ("A", "B", "p", "z", "zz")
+FIRST = ("p", "z", "zz")
 _OPSET = 17
 
 
 @dataclass
 class Moments:
-    """Sums over `count` rows: A[G, D, D], B[G, D, M], p[G, D], z[G, M], zz[G, M]."""
+    """Sums over `count` rows, by name."""
 
     count: int = 0
     sums: dict[str, Array] = field(default_factory=dict)
@@ -38,24 +41,25 @@ class Moments:
             wide = value.astype(np.float64)
             self.sums[name] = self.sums[name] + wide if name in self.sums else wide
 
-    def __add__(self, other: Moments) -> Moments:
-        total = Moments(self.count, dict(self.sums))
-        total.add(other.count, other.sums)
-        return total
+    def mean(self, name: str, group: int) -> Array:
+        """A sum over its rows, of one group."""
+        return np.asarray(self.sums[name][group] / max(self.count, 1))
 
 
 class _Builder:
+    """Collects nodes; a call adds one and says the name of its output."""
+
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: list[onnx.TensorProto] = []
 
     def __call__(self, op: str, *inputs: str | Array, **attributes: Any) -> str:
-        names = [i if isinstance(i, str) else self.constant(i) for i in inputs]
+        names = [i if isinstance(i, str) else self._constant(i) for i in inputs]
         output = f"v{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, names, [output], **attributes))
         return output
 
-    def constant(self, value: Array) -> str:
+    def _constant(self, value: Array) -> str:
         name = f"c{len(self.tensors)}"
         self.tensors.append(numpy_helper.from_array(value, name))
         return name
@@ -65,80 +69,42 @@ def measure(
     site: Site,
     node: onnx.NodeProto,
     weight_shape: Sequence[int],
-    cuts: Mapping[int, Array],
+    cuts: Mapping[str, Mapping[int, Array]],
     feeds: Sequence[Mapping[str, Array]],
     *,
     rows: int,
     rng: np.random.Generator,
-    threads: int | None,
+    names: Sequence[str] = SECOND,
+    threads: int | None = None,
 ) -> tuple[Moments, Moments]:
     """Moments of the even and of the odd batches.
 
     Args:
-        cuts: per axis of the original's target, the indices that were kept.
-        feeds: by batch the tensors "x" (pruned), "t" (original target), "o" (residual, or absent).
-        rows: about how many rows to use in all; positions are drawn at random where there are more.
+        site: what is measured; `node` is its operator, `weight_shape` its weight's shape.
+        cuts: for the feeds "x" and "t", per axis the indices that are read.
+        feeds: by batch the tensors "x" (input), "t" (target), "o" (what is added, or absent).
+        rows: about how many rows to use; positions are drawn at random where there are more.
+        names: which sums.
     """
-    probe = Probe(site, node, weight_shape, cuts, feeds, rows, rng, threads)
-    return probe.moments()
-
-
-class Probe:
-    """Measures one site as often as needed, over the same rows."""
-
-    def __init__(
-        self,
-        site: Site,
-        node: onnx.NodeProto,
-        weight_shape: Sequence[int],
-        cuts: Mapping[int, Array],
-        feeds: Sequence[Mapping[str, Array]],
-        rows: int,
-        rng: np.random.Generator,
-        threads: int | None,
-    ) -> None:
-        self.site, self.node, self.shape, self.cuts = site, node, weight_shape, cuts
-        self.threads = threads
-        self.feeds: list[dict[str, Array]] = []
-        self.counts: list[int] = []
-        self._rectified: Any = None
-        for batch in feeds:
-            samples, positions = _positions(site, batch["t"])
-            want = max(1, -(-rows // (len(feeds) * samples)))
-            index = np.arange(positions)
-            if want < positions:
-                index = np.sort(rng.choice(positions, want, replace=False))
-            self.feeds.append({**batch, "index": index})
-            self.counts.append(samples * index.size)
-
-    def moments(self) -> tuple[Moments, Moments]:
-        """All moments, of the even and of the odd batches."""
-        build = _Builder()
-        p, z = _operands(build, self.site, self.node, self.shape, self.cuts, self.feeds[0])
-        names = ["A", "B", "p", "z", "zz"]
-        _moments(build, p, z, names)
-        return self._sums(self._session(build, names), names, {})
-
-    def _sums(self, session: Any, names: Sequence[str], extra: Mapping[str, Array]) -> tuple[Moments, Moments]:
-        halves = (Moments(), Moments())
-        for i, (batch, count) in enumerate(zip(self.feeds, self.counts, strict=True)):
-            halves[i % 2].add(count, runtime.run(session, {**batch, **extra}, names))
-        return halves
-
-    def _session(self, build: _Builder, names: Sequence[str], extra: Sequence[tuple[str, int]] = ()) -> Any:
-        graph = helper.make_graph(
-            build.nodes,
-            "moments",
-            [
-                *(value_info(name, a) for name, a in self.feeds[0].items()),
-                *(helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] * r) for n, r in extra),
-            ],
-            [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names],
-            build.tensors,
-        )
-        imports = [helper.make_opsetid("", _OPSET)]
-        model = helper.make_model(graph, opset_imports=imports, ir_version=8)
-        return runtime.session(model, threads=self.threads)
+    build = _Builder()
+    p, z = _operands(build, site, node, weight_shape, cuts, feeds[0])
+    _sums(build, p, z, names)
+    inputs = [value_info(name, array) for name, array in feeds[0].items()]
+    inputs.append(helper.make_tensor_value_info("index", TensorProto.INT64, ["rows"]))
+    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names]
+    graph = helper.make_graph(build.nodes, "moments", inputs, outputs, build.tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=8)
+    session = runtime.session(model, threads=threads)
+    halves = (Moments(), Moments())
+    for i, batch in enumerate(feeds):
+        samples, positions = _positions(site, batch["t"])
+        want = max(1, -(-rows // (len(feeds) * samples)))
+        index = np.arange(positions)
+        if want < positions:
+            index = np.sort(rng.choice(positions, want, replace=False))
+        result = runtime.run(session, {**batch, "index": index}, names)
+        halves[i % 2].add(samples * index.size, result)
+    return halves
 
 
 def _positions(site: Site, target: Array) -> tuple[int, int]:
@@ -153,31 +119,31 @@ def _operands(
     site: Site,
     node: onnx.NodeProto,
     weight_shape: Sequence[int],
-    cuts: Mapping[int, Array],
+    cuts: Mapping[str, Mapping[int, Array]],
     batch: Mapping[str, Array],
 ) -> tuple[str, str]:
     """p[G, D, R] and z[G, M, R]."""
-    x, z = build("Cast", "x", to=TensorProto.FLOAT), build("Cast", "t", to=TensorProto.FLOAT)
-    for axis, kept in cuts.items():
-        z = build("Gather", z, kept, axis=axis)
+    x, z = (_kept(build, name, cuts.get(name, {})) for name in ("x", "t"))
     if "o" in batch:
         z = build("Sub", z, build("Cast", "o", to=TensorProto.FLOAT))
     if not site.is_conv:
         return _rows(build, x, node), _rows(build, z, None)
-    kernel = list(weight_shape[2:])
-    channels = batch["x"].shape[1]
-    p = _unfold(build, x, node, channels, kernel)
-    groups = site.groups
-    return _columns(build, p, groups), _columns(build, z, groups)
+    kept = cuts.get("x", {}).get(1)
+    channels = batch["x"].shape[1] if kept is None else kept.size
+    p = _unfold(build, x, node, channels, list(weight_shape[2:]))
+    return _columns(build, p, site.groups), _columns(build, z, site.groups)
 
 
-def _unfold(
-    build: _Builder, x: str, node: onnx.NodeProto, channels: int, kernel: list[int]
-) -> str:
-    """x[N, C, *S] -> [N, C * K, *S']: the operator itself, with one-hot kernels, channel by channel."""
+def _kept(build: _Builder, name: str, cuts: Mapping[int, Array]) -> str:
+    value = build("Cast", name, to=TensorProto.FLOAT)
+    for axis, kept in cuts.items():
+        value = build("Gather", value, kept, axis=axis)
+    return value
+
+
+def _unfold(build: _Builder, x: str, node: onnx.NodeProto, channels: int, kernel: list[int]) -> str:
+    """x[N, C, *S] -> [N, C * K, *S']: the operator itself, channel by channel, one-hot kernels."""
     taps = int(np.prod(kernel))
-    if taps == 1 and node.op_type == "Conv" and not any(a.name != "group" for a in node.attribute):
-        return x
     one_hot = np.eye(taps, dtype=np.float32).reshape(1, taps, *kernel)
     one_hot = np.broadcast_to(one_hot, (channels, taps, *kernel))
     if node.op_type == "Conv":
@@ -190,38 +156,28 @@ def _columns(build: _Builder, x: str, groups: int) -> str:
     """[N, G * D, *S] -> [G, D, N * rows], only the positions in `index`."""
     flat = build("Reshape", x, np.array([0, 0, -1]))
     some = build("Gather", flat, "index", axis=2)
-    moved = build("Transpose", some, perm=[1, 0, 2])
-    return _grouped(build, moved, groups)
-
-
-def _grouped(build: _Builder, moved: str, groups: int) -> str:
-    """[G * D, N, R] -> [G, D, N * R]"""
-    flat = build("Reshape", moved, np.array([0, -1]))
+    flat = build("Reshape", build("Transpose", some, perm=[1, 0, 2]), np.array([0, -1]))
     length = build("Gather", build("Shape", flat), np.array([1]), axis=0)
-    shape = build("Concat", np.array([groups, -1]), length, axis=0)
-    return build("Reshape", flat, shape)
+    return build("Reshape", flat, build("Concat", np.array([groups, -1]), length, axis=0))
 
 
 def _rows(build: _Builder, x: str, node: onnx.NodeProto | None) -> str:
     """[*B, D] -> [1, D, rows], only the rows in `index`; a Gemm may read x transposed."""
-    transposed = node is not None and any(a.name == "transA" and a.i for a in node.attribute)
-    if not transposed:
+    if node is None or not any(a.name == "transA" and a.i for a in node.attribute):
         last = build("Gather", build("Shape", x), np.array([-1]), axis=0)
         x = build("Reshape", x, build("Concat", np.array([-1]), last, axis=0))
         x = build("Transpose", x, perm=[1, 0])
-    some = build("Gather", x, "index", axis=1)
-    return build("Unsqueeze", some, np.array([0]))
+    return build("Unsqueeze", build("Gather", x, "index", axis=1), np.array([0]))
 
 
-def _moments(build: _Builder, p: str, z: str, names: Sequence[str]) -> None:
+def _sums(build: _Builder, p: str, z: str, names: Sequence[str]) -> None:
     axes = np.array([2])
-    pt, zt = build("Transpose", p, perm=[0, 2, 1]), build("Transpose", z, perm=[0, 2, 1])
-    results = [
-        build("MatMul", p, pt),
-        build("MatMul", p, zt),
-        build("ReduceSum", p, axes, keepdims=0),
-        build("ReduceSum", z, axes, keepdims=0),
-        build("ReduceSum", build("Mul", z, z), axes, keepdims=0),
-    ]
-    for name, value in zip(names, results, strict=True):
-        build.nodes.append(helper.make_node("Identity", [value], [name]))
+    forms = {
+        "A": lambda: build("MatMul", p, build("Transpose", p, perm=[0, 2, 1])),
+        "B": lambda: build("MatMul", p, build("Transpose", z, perm=[0, 2, 1])),
+        "p": lambda: build("ReduceSum", p, axes, keepdims=0),
+        "z": lambda: build("ReduceSum", z, axes, keepdims=0),
+        "zz": lambda: build("ReduceSum", build("Mul", z, z), axes, keepdims=0),
+    }
+    for name in names:
+        build.nodes.append(helper.make_node("Identity", [forms[name]()], [name]))

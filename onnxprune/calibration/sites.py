@@ -20,12 +20,11 @@ from onnxprune.calibration.editable import Editable
 
 Array = NDArray[Any]
 _CONVS = ("Conv", "ConvTranspose")
-_CELLS = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Affine:
-    """One per-channel step behind a site: z = scale * y + shift, in float64 [M]."""
+    """One per-channel step behind a site: z = scale * y + shift, [M]; `slot` holds its vector."""
 
     node: int
     op_type: str
@@ -36,16 +35,18 @@ class Affine:
 
 @dataclass
 class Site:
-    """A linear operator at `node` reading `x` through weight slot `slot`.
+    """A linear operator at `node` that multiplies `x` with the weight in input `slot`.
 
     `target` is the tensor to reproduce, `other` the residual stream that is added on the way (empty
-    where none is), `path` the per-channel steps from the operator to there.
+    where none is), `path` the per-channel steps from the operator to there. The output channels are
+    on `axis`, 1 or -1.
     """
 
     node: int
     op_type: str
     slot: int
     x: str
+    output: str
     target: str
     channels: int
     axis: int
@@ -74,108 +75,93 @@ def attributes(node: onnx.NodeProto) -> dict[str, Any]:
 def find_sites(model: Editable) -> Iterator[Site]:
     """Every linear operator with a stored weight of its own, in topological order."""
     for index, node in enumerate(model.nodes):
-        if node.domain in ("", "ai.onnx"):
-            site = _site(model, index, node)
-            if site is not None:
-                _follow(model, site)
-                yield site
+        site = linear(model, index)
+        if site is not None and model.is_own(node.input[site.slot]):
+            follow(model, site)
+            yield site
 
 
-def _site(model: Editable, index: int, node: onnx.NodeProto) -> Site | None:
+def linear(model: Editable, index: int) -> Site | None:
+    """The linear operator at `index`, without what follows; None where it is something else."""
+    node = model.nodes[index]
     kind = node.op_type
-    if kind not in (*_CONVS, "Gemm", "MatMul"):
+    if kind not in (*_CONVS, "Gemm", "MatMul") or node.domain not in ("", "ai.onnx"):
         return None
-    slot = 1
-    if kind == "MatMul" and model.tensor(node.input[1]) is None:
-        return None
-    weight = model.weight(node.input[slot])
-    if weight is None or not model.is_own(node.input[slot]) or model.is_stored(node.input[0]):
+    weight = model.weight(node.input[1])
+    if weight is None or model.is_stored(node.input[0]) or weight.ndim < 2:
         return None
     given = attributes(node)
-    if kind == "MatMul" and weight.ndim != 2:
-        return None
-    if kind == "Gemm" and given.get("alpha", 1.0) == 0:
+    if (kind == "MatMul" and weight.ndim != 2) or given.get("alpha", 1.0) == 0:
         return None
     groups = given.get("group", 1)
     channels = {
-        "Conv": lambda: weight.shape[0],
-        "ConvTranspose": lambda: weight.shape[1] * groups,
-        "Gemm": lambda: weight.shape[0 if given.get("transB", 0) else 1],
-        "MatMul": lambda: weight.shape[1],
-    }[kind]()
-    axis = 1 if kind != "MatMul" else -1
-    return Site(index, kind, slot, node.input[0], node.output[0], channels, axis, groups)
+        "Conv": weight.shape[0],
+        "ConvTranspose": weight.shape[1] * groups,
+        "Gemm": weight.shape[0 if given.get("transB", 0) else 1],
+        "MatMul": weight.shape[1],
+    }[kind]
+    x, y = node.input[0], node.output[0]
+    return Site(index, kind, 1, x, y, y, channels, 1 if kind in _CONVS else -1, groups)
 
 
-def _follow(model: Editable, site: Site) -> None:
+def follow(model: Editable, site: Site) -> None:
     """Walk from the operator through per-channel steps to a residual addition, if there is one."""
-    value = site.target
-    while True:
-        reader = model.only_reader(value)
-        if reader is None:
-            return
+    while (reader := model.only_reader(site.target)) is not None:
         node = model.nodes[reader]
-        step = _affine(model, site, reader, node, value)
+        step = affine(model, site, reader)
         if step is not None:
             site.path.append(step)
-        elif node.op_type == "Identity":
-            pass
-        else:
-            if node.op_type == "Add":
-                _residual(model, site, node, value)
-            return
-        value = site.target = node.output[0]
+        elif node.op_type == "Add":
+            return _residual(model, site, node)
+        elif node.op_type != "Identity":
+            return None
+        site.target = node.output[0]
+    return None
 
 
-def _residual(model: Editable, site: Site, node: onnx.NodeProto, value: str) -> None:
-    other = node.input[1] if node.input[0] == value else node.input[0]
-    if other == value or model.is_stored(other):
-        return
-    if model.maker.get(other, -1) < site.node:
+def _residual(model: Editable, site: Site, node: onnx.NodeProto) -> None:
+    """What is added must be there before the site is: only then can its error be made good."""
+    other = node.input[1] if node.input[0] == site.target else node.input[0]
+    is_earlier = not model.is_stored(other) and model.maker.get(other, -1) < site.node
+    if other != site.target and is_earlier:
         site.other, site.target = other, node.output[0]
 
 
-def _affine(
-    model: Editable, site: Site, index: int, node: onnx.NodeProto, value: str
-) -> Affine | None:
+def affine(model: Editable, site: Site, index: int) -> Affine | None:
+    """The per-channel step at node `index` that reads the site's target; None for others."""
+    node = model.nodes[index]
     if node.domain not in ("", "ai.onnx"):
         return None
-    if node.op_type == "BatchNormalization" and site.axis == 1:
-        return _batchnorm(model, index, node)
+    if node.op_type == "BatchNormalization" and (site.is_conv or site.op_type == "Gemm"):
+        return _batchnorm(model, index) if node.input[0] == site.target else None
     if node.op_type not in ("Add", "Sub", "Mul", "Div"):
         return None
-    slot = 1 if node.input[0] == value else 0
-    vector = model.weight(node.input[slot])
-    if vector is None or (slot == 0 and node.op_type in ("Sub", "Div")):
+    slot = 1 if node.input[0] == site.target else 0
+    stored = model.weight(node.input[slot])
+    if stored is None or (slot == 0 and node.op_type in ("Sub", "Div")):
         return None
-    vector = _per_channel(vector, site)
-    if vector is None:
+    vector = per_channel(stored, site)
+    if vector is None or (node.op_type == "Div" and not vector.all()):
         return None
     one, zero = np.ones(site.channels), np.zeros(site.channels)
-    scale, shift = {
-        "Add": lambda: (one, vector),
-        "Sub": lambda: (one, -vector),
-        "Mul": lambda: (vector, zero),
-        "Div": lambda: (1 / np.where(vector == 0, np.inf, vector), zero),
-    }[node.op_type]()
-    return Affine(index, node.op_type, slot, scale, shift)
+    if node.op_type in ("Add", "Sub"):
+        return Affine(index, node.op_type, slot, one, vector if node.op_type == "Add" else -vector)
+    return Affine(index, node.op_type, slot, vector if node.op_type == "Mul" else 1 / vector, zero)
 
 
-def _per_channel(value: Array, site: Site) -> Array | None:
+def per_channel(value: Array, site: Site) -> Array | None:
     """[M] where a stored operand has one number a channel, or one for all."""
     if value.size == 1:
         return np.full(site.channels, value.item())
     if value.size != site.channels or value.size != max(value.shape):
         return None
     behind = value.ndim - 1 - value.shape.index(value.size)  # axes after the long one
-    if site.axis == -1:
-        return value.ravel() if behind == 0 else None
-    if site.op_type == "Gemm":
-        return value.ravel() if behind == 0 else None
-    return value.ravel() if behind >= 1 else None
+    fits = behind >= 1 if site.is_conv else behind == 0
+    return value.ravel() if fits else None
 
 
-def _batchnorm(model: Editable, index: int, node: onnx.NodeProto) -> Affine | None:
+def _batchnorm(model: Editable, index: int) -> Affine | None:
+    node = model.nodes[index]
     given = attributes(node)
     if given.get("training_mode", 0) or len([o for o in node.output if o]) > 1:
         return None
@@ -184,4 +170,4 @@ def _batchnorm(model: Editable, index: int, node: onnx.NodeProto) -> Affine | No
         return None
     gamma, beta, mean, var = (p for p in parts if p is not None)
     scale = gamma / np.sqrt(var + given.get("epsilon", 1e-5))
-    return Affine(index, node.op_type, 0, scale, beta - mean * scale)
+    return Affine(index, node.op_type, 1, scale, beta - mean * scale)

@@ -23,7 +23,7 @@ Tensors = dict[str, Array]
 
 
 class Walk:
-    """A run of `model` over `batches` that stops where it is told; `held[i]` are tensors of batch i.
+    """A run of `model` over `batches` that stops where it is told; `held[i]` belongs to batch i.
 
     Args:
         model: what runs; nodes behind `position` may still be changed.

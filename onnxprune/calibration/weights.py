@@ -1,4 +1,4 @@
-"""A site's weights as matrices, and results back into the model."""
+"""A site's weights as matrices, its intercept, and results back into the model."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def matrices(model: Editable, site: Site) -> Array:
         return weight.reshape(site.groups, weight.shape[0] // site.groups, -1)
     if site.op_type == "ConvTranspose":
         split = weight.reshape(site.groups, -1, weight.shape[1], int(np.prod(weight.shape[2:])))
-        moved = split.transpose(0, 2, 1, 3)
-        return moved.reshape(site.groups, weight.shape[1], -1)
+        return split.transpose(0, 2, 1, 3).reshape(site.groups, weight.shape[1], -1)
     given = attributes(node)
     if site.op_type == "Gemm":
-        matrix = weight if given.get("transB", 0) else weight.T
-        return given.get("alpha", 1.0) * matrix[None]
+        return np.asarray(
+            given.get("alpha", 1.0) * (weight if given.get("transB", 0) else weight.T)
+        )[None]
     return weight.T[None]
 
 
@@ -36,14 +36,13 @@ def write_matrices(model: Editable, site: Site, value: Array) -> None:
     node = model.nodes[site.node]
     weight = model.weight(node.input[site.slot])
     assert weight is not None
+    given = attributes(node)
     if site.op_type == "Conv":
         fresh = value.reshape(weight.shape)
     elif site.op_type == "ConvTranspose":
-        taps = int(np.prod(weight.shape[2:]))
-        split = value.reshape(site.groups, weight.shape[1], -1, taps)
+        split = value.reshape(site.groups, weight.shape[1], -1, int(np.prod(weight.shape[2:])))
         fresh = split.transpose(0, 2, 1, 3).reshape(weight.shape)
     elif site.op_type == "Gemm":
-        given = attributes(node)
         matrix = value[0] / given.get("alpha", 1.0)
         fresh = matrix if given.get("transB", 0) else matrix.T
     else:
@@ -51,80 +50,82 @@ def write_matrices(model: Editable, site: Site, value: Array) -> None:
     model.write(site.node, site.slot, fresh)
 
 
-def bias(model: Editable, site: Site) -> Array | None:
-    """The operator's own bias [M], zero where it has none; None where it is no vector."""
+def own_bias(model: Editable, site: Site) -> Array | None:
+    """The operator's bias [M], zero where it has none; None where it varies over positions."""
     node = model.nodes[site.node]
     if site.op_type == "MatMul" or len(node.input) < 3 or not node.input[2]:
         return np.zeros(site.channels)
     value = model.weight(node.input[2])
-    if value is None or (value.size != value.shape[-1] if value.ndim else value.size != 1):
+    if value is None or value.size not in (1, site.channels):
         return None
-    beta = attributes(node).get("beta", 1.0) if site.op_type == "Gemm" else 1.0
-    return np.broadcast_to(beta * value.ravel(), (site.channels,)).copy()
+    if value.size > 1 and value.shape[-1] != value.size:
+        return None
+    return np.broadcast_to(_beta(model, site) * value.ravel(), (site.channels,)).copy()
 
 
 def intercept(model: Editable, site: Site) -> Array | None:
-    """What z is where x is 0, [M]: the bias through the path; None where it cannot be told."""
-    value = bias(model, site)
-    if value is None:
-        return None
-    for step in site.path:
+    """What z is where x is 0, [M]; None where it varies over positions."""
+    value = own_bias(model, site)
+    for step in site.path if value is not None else ():
         value = value * step.scale + step.shift
     return value
 
 
 def can_shift(model: Editable, site: Site) -> bool:
     """Whether there is a place for a change of the intercept."""
-    return site.op_type != "MatMul" or any(s.op_type != "Mul" and s.op_type != "Div"
-                                           for s in site.path)
+    has_slot = site.op_type != "MatMul" and _beta(model, site) != 0
+    return has_slot or _place(model, site) is not None
 
 
 def shift(model: Editable, site: Site, change: Array) -> None:
-    """Add `change` [M] to z, through the last BatchNormalization, else the first place for a bias."""
-    norms = [i for i, s in enumerate(site.path) if s.op_type == "BatchNormalization"]
-    adds = [i for i, s in enumerate(site.path) if s.op_type in ("Add", "Sub")]
-    if norms:
-        _shift_step(model, site, norms[-1], 2, change)
-    elif site.op_type != "MatMul":
-        node = model.nodes[site.node]
-        own = bias(model, site)
+    """Add `change` [M] to z, in a bias of the path if there is one, else in the operator's own."""
+    index = _place(model, site)
+    if index is None:
+        own = own_bias(model, site)
         assert own is not None
-        beta = attributes(node).get("beta", 1.0) if site.op_type == "Gemm" else 1.0
         value = own + _over(change, site.scale())
-        model.write(site.node, 2, value / beta)
-    elif adds:
-        step = site.path[adds[0]]
-        _shift_step(model, site, adds[0], step.slot, -change if step.op_type == "Sub" else change)
+        model.write(site.node, 2, value / _beta(model, site))
+        return
+    step = site.path[index]
+    behind = np.ones(site.channels)
+    for later in site.path[index + 1 :]:
+        behind = behind * later.scale
+    slot = 2 if step.op_type == "BatchNormalization" else step.slot
+    old = model.weight(model.nodes[step.node].input[slot])
+    assert old is not None
+    delta = _over(change, -behind if step.op_type == "Sub" else behind)
+    model.write(step.node, slot, old + delta.reshape(old.shape))
+
+
+def _place(model: Editable, site: Site) -> int | None:
+    """The step whose vector takes a change of the intercept; None: the operator's own bias."""
+    norms = [i for i, s in enumerate(site.path) if s.op_type == "BatchNormalization"]
+    if norms:
+        return norms[-1]
+    if site.op_type != "MatMul" and _beta(model, site) != 0:
+        return None
+    for i, step in enumerate(site.path):
+        vector = model.weight(model.nodes[step.node].input[step.slot])
+        if step.op_type in ("Add", "Sub") and vector is not None and vector.size == site.channels:
+            return i
+    return None
+
+
+def _beta(model: Editable, site: Site) -> float:
+    """The factor of a Gemm's bias."""
+    given = attributes(model.nodes[site.node])
+    return float(given.get("beta", 1.0)) if site.op_type == "Gemm" else 1.0
 
 
 def _over(change: Array, scale: Array) -> Array:
     return np.divide(change, scale, out=np.zeros_like(change), where=scale != 0)
 
 
-def _shift_step(model: Editable, site: Site, index: int, slot: int, change: Array) -> None:
-    step = site.path[index]
-    behind = np.ones(site.channels)
-    for later in site.path[index + 1 :]:
-        behind = behind * later.scale
-    name = model.nodes[step.node].input[slot]
-    old = model.weight(name)
-    assert old is not None
-    delta = _over(change, behind)
-    if old.size == 1 and site.channels > 1:
-        shape = [site.channels] + [1] * 0
-        model.write(step.node, slot, np.broadcast_to(old.ravel(), shape) + delta)
-        return
-    model.write(step.node, slot, old + delta.reshape(old.shape))
-
-
-def refresh_norm(model: Editable, step: Affine, mean: Array, var: Array) -> None:
-    """Record new statistics of a BatchNormalization whose function stays as it is."""
+def record_statistics(model: Editable, step: Affine, mean: Array, var: Array) -> None:
+    """Store new statistics in a BatchNormalization, which goes on computing what it computed."""
     node = model.nodes[step.node]
-    beta = model.weight(node.input[2])
-    assert beta is not None
     eps = attributes(node).get("epsilon", 1e-5)
-    shift = step.shift
     model.write(step.node, 1, step.scale * np.sqrt(var + eps))
-    model.write(step.node, 2, shift + step.scale * mean)
+    model.write(step.node, 2, step.shift + step.scale * mean)
     model.write(step.node, 3, mean)
     model.write(step.node, 4, var)
