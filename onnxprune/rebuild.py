@@ -1,57 +1,184 @@
-"""The rebuild stage: win accuracy back with data, and measure what each step bought."""
+"""The rebuild stage: win accuracy back, and measure what each step bought.
+
+Repairs need no labels and no gradients; they need inputs, the user's or made-up ones. A repair that
+does not bring the outputs nearer to the original's is dropped.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
+from numpy.typing import NDArray
 
-from onnxprune.options import Options
+from onnxprune import runtime
+from onnxprune.analysis import Analysis
+from onnxprune.calibration.inputs import Calibration, limited
+from onnxprune.errors import OnnxPruneError
+from onnxprune.options import Options, Verified
 from onnxprune.progress import Progress
+from onnxprune.rewriting import Rewriter
+from onnxprune.verify import FAILURES, structure_problems
 
 if TYPE_CHECKING:
+    from onnxprune.calibration.sequential import Repaired
     from onnxprune.data import Dataset
     from onnxprune.passes.finetune import FinetuneResult
 
-CALIBRATION_SAMPLES = 1024
+_log = logging.getLogger(__name__)
+Array = NDArray[Any]
+Step = dict[str, Any]
+#: What `--repair` takes; auto tries the first and, where it does not help, those after it.
+REPAIRS = ("reconstruct", "moments", "bn", "bias")
+#: Samples on which a repair is judged.
+JUDGED = 512
 
 
 def rebuild(
-    original: onnx.ModelProto,
-    pruned: onnx.ModelProto,
+    analysis: Analysis,
+    verified: Verified,
+    calibration: Calibration | None,
     train: Dataset | None,
     held_out: Dataset | None,
     options: Options,
     progress: Progress,
-) -> tuple[onnx.ModelProto, dict[str, float], list[dict[str, Any]]]:
+) -> tuple[onnx.ModelProto, dict[str, float], list[Step]]:
     """Win accuracy back: the model, its metrics, and what each step bought."""
-    metrics = measure(pruned, held_out, original, options.threads)
-    if train is None:
-        return pruned, metrics, []
-    steps: list[dict[str, Any]] = [{"step": "pruned", **metrics}]
-    model = _reestimate(pruned, train)
-    if model is not pruned:
+    original, model = analysis.model, verified.applied.model
+    metrics = measure(model, held_out, original, options.threads)
+    steps: list[Step] = []
+    if calibration is not None and not verified.keep.all():
+        rewriter = Rewriter(analysis.coupling, verified.keep)
+        stage = _Stage(original, rewriter, limited(calibration, analysis.coupling), train, options)
+        steps.append({"step": "pruned", "output_error": stage.error(model), **metrics})
+        repaired, facts = stage.repair(model, progress)
+        if repaired is not model:
+            model = repaired
+            metrics = measure(model, held_out, original, options.threads)
+        steps.append({**facts, **metrics})
+    if options.finetune and train is not None:
+        steps = steps or [{"step": "pruned", **metrics}]
+        model, facts = _finetune(original, model, train, held_out, options, progress)
         metrics = measure(model, held_out, original, options.threads)
-        steps.append({"step": "reestimate-batchnorm", **metrics})
-    if options.finetune:
-        from onnxprune.passes.finetune import Finetune
-
-        tune = Finetune(epochs=options.finetune, seed=options.seed, threads=options.threads)
-        result = tune(model, teacher=original, data=train, val=held_out, progress=progress)
-        model = result.model
-        metrics = measure(model, held_out, original, options.threads)
-        steps.append(
-            {
-                "step": "finetune",
-                "epochs": options.finetune,
-                "best_epoch": result.best_epoch,
-                "seconds_per_epoch": _seconds_per_epoch(result),
-                "frozen": dict(result.frozen),
-                "notes": [f"fine-tuning: {note}" for note in result.notes],
-                **metrics,
-            }
-        )
+        steps.append({**facts, **metrics})
     return model, metrics, steps
+
+
+class _Stage:
+    """Repairs one pruned model, judged by how far its outputs are from the original's."""
+
+    def __init__(
+        self,
+        original: onnx.ModelProto,
+        rewriter: Rewriter,
+        calibration: Calibration,
+        train: Dataset | None,
+        options: Options,
+    ) -> None:
+        self.original, self.rewriter, self.options = original, rewriter, options
+        self.calibration, self.train = calibration, train
+        share = max(1, round(len(calibration.batches) * JUDGED / max(calibration.samples, 1)))
+        self.judged = calibration.batches[:share]
+        self.wanted = self._outputs(original)
+
+    def repair(self, model: onnx.ModelProto, progress: Progress) -> tuple[onnx.ModelProto, Step]:
+        """The first repair that brings the outputs nearer; the model itself where none does."""
+        before = self.error(model)
+        asked = REPAIRS if self.options.repair == "auto" else (self.options.repair,)
+        dropped = {}
+        for name in asked:
+            try:
+                result = self._run(name, model, progress)
+                problems = structure_problems(result.model, self.original)
+                after = self.error(result.model)
+            except (*FAILURES, np.linalg.LinAlgError) as failure:
+                dropped[name] = str(failure)
+                continue
+            if problems or not after < before:
+                dropped[name] = problems[0] if problems else "the outputs came no nearer"
+                continue
+            notes = [f"repaired without data, with {self.calibration.source}"]
+            return result.model, {
+                "step": name,
+                "inputs": self.calibration.source,
+                "samples": self.calibration.samples,
+                "solved": result.solved,
+                "skipped": dict(result.skipped),
+                "output_error": after,
+                "notes": [] if self.calibration.is_real else notes,
+            }
+        _log.info("no repair helped: %s", dropped)
+        words = "; ".join(f"{name}: {why}" for name, why in dropped.items())
+        return model, {"step": "no repair", "notes": [f"no repair was kept ({words})"]}
+
+    def _run(self, name: str, model: onnx.ModelProto, progress: Progress) -> Repaired:
+        from onnxprune.calibration.sequential import Repaired
+        from onnxprune.passes.compensate import CompensateBias
+        from onnxprune.passes.match_moments import MatchMoments
+        from onnxprune.passes.reconstruct import Reconstruct
+
+        if name == "bn":
+            return Repaired(self._reestimate(model))
+        passes = {"reconstruct": Reconstruct, "moments": MatchMoments, "bias": CompensateBias}
+        step = passes[name](seed=self.options.seed, threads=self.options.threads)
+        return step(model, self.rewriter, self.calibration.batches, progress=progress)
+
+    def _reestimate(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        from onnxprune.passes.reestimate_batchnorm import ReestimateBatchNorm
+
+        if self.train is None or not any(
+            node.op_type == "BatchNormalization" for node in model.graph.node
+        ):
+            return model
+        return ReestimateBatchNorm(threads=self.options.threads)(model, self.train)
+
+    def error(self, model: onnx.ModelProto) -> float:
+        """Squared distance of the outputs, relative to their variance; infinite if not finite."""
+        total = 0.0
+        wanted, got = self.wanted, self._outputs(model)
+        for name, target in wanted.items():
+            spread = sum(float(((t - t.mean()) ** 2).sum()) for t in target)
+            gap = sum(
+                float(((g - t) ** 2).sum()) if g.shape == t.shape else np.inf
+                for g, t in zip(got[name], target, strict=True)
+            )
+            total += gap / max(spread, 1e-30)
+        return total / max(len(wanted), 1) if np.isfinite(total) else np.inf
+
+    def _outputs(self, model: onnx.ModelProto) -> Mapping[str, list[Array]]:
+        """Float outputs by name and batch, in float64."""
+        session = runtime.session(model, threads=self.options.threads)
+        found: dict[str, list[Array]] = {}
+        for feeds in self.judged:
+            for name, value in runtime.run(session, feeds).items():
+                if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                    found.setdefault(name, []).append(value.astype(np.float64))
+        return found
+
+
+def _finetune(
+    original: onnx.ModelProto,
+    model: onnx.ModelProto,
+    train: Dataset,
+    held_out: Dataset | None,
+    options: Options,
+    progress: Progress,
+) -> tuple[onnx.ModelProto, Step]:
+    from onnxprune.passes.finetune import Finetune
+
+    tune = Finetune(epochs=options.finetune, seed=options.seed, threads=options.threads)
+    result = tune(model, teacher=original, data=train, val=held_out, progress=progress)
+    return result.model, {
+        "step": "finetune",
+        "epochs": options.finetune,
+        "best_epoch": result.best_epoch,
+        "seconds_per_epoch": _seconds_per_epoch(result),
+        "frozen": dict(result.frozen),
+        "notes": [f"fine-tuning: {note}" for note in result.notes],
+    }
 
 
 def _seconds_per_epoch(result: FinetuneResult) -> float:
@@ -60,12 +187,21 @@ def _seconds_per_epoch(result: FinetuneResult) -> float:
     return sum(seconds) / max(1, len(seconds))
 
 
-def _reestimate(model: onnx.ModelProto, data: Dataset) -> onnx.ModelProto:
-    if not any(node.op_type == "BatchNormalization" for node in model.graph.node):
-        return model
-    from onnxprune.passes.reestimate_batchnorm import ReestimateBatchNorm
+def calibrate(
+    original: onnx.ModelProto, train: Dataset | None, options: Options
+) -> Calibration | None:
+    """What the repair will see; None where there is to be none, or nothing can be made up."""
+    from onnxprune.calibration.inputs import from_data, made_up
 
-    return ReestimateBatchNorm(samples=CALIBRATION_SAMPLES)(model, data)
+    if options.repair == "none" or options.budget.kind == "lossless":
+        return None
+    if train is not None:
+        return from_data(train, seed=options.seed)
+    try:
+        return made_up(original, seed=options.seed, threads=options.threads)
+    except OnnxPruneError as failure:
+        _log.info("no inputs can be made up: %s", failure)
+        return None
 
 
 def measure(
@@ -80,3 +216,5 @@ def measure(
     from onnxprune.metrics import evaluate
 
     return evaluate(model, data, threads=threads, reference=reference)
+
+

@@ -1,0 +1,107 @@
+"""What a pruned model is repaired with: the user's data, or inputs made up for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnxprune.coupling import Coupling
+
+if TYPE_CHECKING:
+    from onnxprune.data import Dataset
+
+Array = NDArray[Any]
+#: Samples of the user's data, and of made-up inputs.
+SAMPLES, SYNTHETIC = 1024, 512
+_BATCH = 64
+#: Activations that may be held at a time.
+MEMORY_BYTES = 2_000_000_000
+_BOTH_MODELS = 2
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Feeds by batch, and in words where they come from."""
+
+    batches: Sequence[Mapping[str, Array]]
+    source: str
+    is_real: bool
+    is_typical: bool
+
+    @property
+    def samples(self) -> int:
+        """How many samples there are in all."""
+        return sum(_rows(b) for b in self.batches)
+
+
+def from_data(data: Dataset, *, samples: int = SAMPLES, seed: int = 0) -> Calibration:
+    """The first samples of the shuffled data: its order may be by class."""
+    batches: list[Mapping[str, Array]] = []
+    count = 0
+    for batch in data.batches(_BATCH, rng=np.random.default_rng(seed)):
+        batches.append(dict(batch.feeds))
+        count += _rows(batch.feeds)
+        if count >= samples:
+            break
+    return Calibration(batches, "data", True, True)
+
+
+def made_up(model: onnx.ModelProto, *, seed: int = 0, threads: int | None = None) -> Calibration:
+    """Images like those that BatchNormalization remembers, else random inputs."""
+    from onnxprune.calibration.synthetic import synthesize
+    from onnxprune.feeds import random_feeds
+
+    images = synthesize(model, SYNTHETIC, seed=seed, threads=threads)
+    if images is not None:
+        return Calibration(images, "synthesized images", False, True)
+    batches: list[Mapping[str, Array]] = []
+    while sum(map(_rows, batches)) < SYNTHETIC and len(batches) < SYNTHETIC:
+        batches.append(random_feeds(model, seed=seed + len(batches), batch=_BATCH))
+    return Calibration(batches, "random inputs", False, False)
+
+
+def limited(
+    calibration: Calibration, coupling: Coupling, budget_bytes: int = MEMORY_BYTES
+) -> Calibration:
+    """As many of the batches as can be walked through within a memory budget, at least one."""
+    batches = calibration.batches
+    if not batches:
+        return calibration
+    each = max(peak_bytes(coupling, batches[0]), 1)
+    count = max(1, min(len(batches), int(budget_bytes // each)))
+    return Calibration(
+        batches[:count], calibration.source, calibration.is_real, calibration.is_typical
+    )
+
+
+def peak_bytes(coupling: Coupling, feeds: Mapping[str, Array]) -> int:
+    """About how much of a batch is alive at once, in the original and the pruned model."""
+    graph, shapes = coupling.graph, coupling.shapes
+    sizes = {
+        name: 4 * int(np.prod(shapes.dims(name) or (0,)))
+        for node in graph.nodes
+        for name in node.outputs
+        if name
+    }
+    last = {name: use[-1][0] for name, use in graph.uses.items()}
+    alive = peak = 0
+    ending: dict[int, int] = {}
+    for node in graph.nodes:
+        for name in filter(None, node.outputs):
+            alive += sizes[name]
+            end = max(last.get(name, node.index), node.index)
+            ending[end] = ending.get(end, 0) + sizes[name]
+        peak = max(peak, alive)
+        alive -= ending.pop(node.index, 0)
+    known = sum(4 * int(np.prod(shapes.dims(n) or (1,))) for n in feeds)
+    given = sum(4 * np.size(a) for a in feeds.values())
+    return int(_BOTH_MODELS * peak * given / max(known, 1))
+
+
+def _rows(feeds: Mapping[str, Array]) -> int:
+    return max((a.shape[0] for a in feeds.values() if np.ndim(a)), default=1)
