@@ -85,9 +85,10 @@ ScopeOption = Annotated[
     ),
 ]
 Criterion = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="How channels are ranked: l1, l2, bn-scale, fpgm, lamp, random.",
+        help="How channels are ranked: l1, l2, bn-scale, fpgm, lamp, random; measured on data: "
+        "reconstruction, wanda, flap.",
         rich_help_panel=CHOICE,
         metavar="NAME",
     ),
@@ -159,6 +160,15 @@ Val = Annotated[
     str | None,
     typer.Option(help="Held-out data to measure with.", rich_help_panel=DATA, metavar="SRC"),
 ]
+RepairOption = Annotated[
+    str,
+    typer.Option(
+        help="How accuracy is won back without labels: auto, reconstruct, moments, bn, bias, none; "
+        "without --data, from made-up inputs.",
+        rich_help_panel=DATA,
+        metavar="NAME",
+    ),
+]
 Finetune = Annotated[
     int,
     typer.Option(
@@ -228,7 +238,7 @@ def prune(
     params: Params = None,
     size_mb: SizeMb = None,
     scope: ScopeOption = Scope.all,
-    criterion: Criterion = "l2",
+    criterion: Criterion = None,
     round_to: RoundTo = 1,
     min_keep: MinKeep = 0.1,
     ranking: RankingOption = None,
@@ -238,6 +248,7 @@ def prune(
     keep: Keep = None,
     data: Data = None,
     val: Val = None,
+    repair: RepairOption = "auto",
     finetune: Finetune = 0,
     max_drop: MaxDrop = None,
     lossless: LosslessOption = None,
@@ -276,6 +287,7 @@ def prune(
             keep=tuple(keep or ()),
             data=data,
             val=val,
+            repair=repair,  # type: ignore[arg-type]
             finetune=finetune,
             max_drop=max_drop,
             lossless=lossless,

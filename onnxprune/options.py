@@ -28,6 +28,7 @@ class Options:
     seed: int
     threads: int | None
     as_float32: bool = False
+    repair: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -35,10 +35,11 @@ from onnxprune.options import Options, Verified
 from onnxprune.plan import Plan, PlannedGroup, fingerprint
 from onnxprune.preparation import replay_lossless, scaled, without_dead
 from onnxprune.progress import Progress, Silent
-from onnxprune.rebuild import rebuild
+from onnxprune.rebuild import REPAIRS, calibrate, rebuild
 from onnxprune.reporting import make_report
 from onnxprune.result import CheckReport, Inspection, Result
 from onnxprune.rewriting import Mask
+from onnxprune.scoring import default_criterion, rank_units
 from onnxprune.verify import (
     FLOAT32_NOTE,
     Feeds,
@@ -52,11 +53,13 @@ from onnxprune.verify import (
 )
 
 if TYPE_CHECKING:
+    from onnxprune.calibration.inputs import Calibration
     from onnxprune.data import Dataset
     from onnxprune.passes.select import Ranking
 
 Source = str | os.PathLike[str] | onnx.ModelProto
 Scope = Literal["exact", "all"]
+Repairing = Literal["auto", "none", "reconstruct", "moments", "bn", "bias"]
 MAX_REPAIRS = 8
 
 
@@ -82,7 +85,7 @@ def prune(
     params: float | None = None,
     size_mb: float | None = None,
     scope: Scope = "all",
-    criterion: str = "l2",
+    criterion: str | None = None,
     round_to: int = 1,
     min_keep: float = 0.1,
     ranking: Ranking | None = None,
@@ -92,6 +95,7 @@ def prune(
     keep: Sequence[str] = (),
     data: Any = None,
     val: Any = None,
+    repair: Repairing = "auto",
     finetune: int = 0,
     max_drop: float | None = None,
     lossless: bool | None = None,
@@ -108,7 +112,9 @@ def prune(
         macs, params: keep at most this share of all multiply-adds or weights.
         size_mb: the file is at most this large, in 10^6 bytes.
         scope: "exact" leaves out channels that pass through a mean, norm or softmax over them.
-        criterion: importance of channels, one of `onnxprune.passes.score.criteria()`.
+        criterion: importance of channels, one of `onnxprune.passes.score.criteria()` or, measured
+            on data, of `onnxprune.passes.criteria.MEASURED`. None: the error that repair leaves,
+            where there are data or BatchNormalization to make some up from, else "l2".
         round_to: kept widths are multiples of it where the layer is that wide.
         min_keep: the smallest share of a layer that is kept.
         ranking: "global": all channels compete; "isomorphic": those of layers of like shape do;
@@ -120,6 +126,8 @@ def prune(
         keep: names of nodes or weights that stay whole; shell wildcards.
         data: calibration or training data; see `onnxprune.data.open_data`.
         val: held-out data that the metrics are measured on; default `data`.
+        repair: how accuracy is won back without labels and gradients; without `data`, with made-up
+            inputs. "auto" takes what brings the outputs nearest to the original's.
         finetune: epochs of fine-tuning, with the original model as teacher.
         max_drop: the largest loss of the task's metric, in points (1 is 0.01).
         lossless: True needs no budget and then only removes what provably does not matter; before
@@ -137,10 +145,11 @@ def prune(
     budget = _budget(lossless, channels=channels, macs=macs, params=params, size_mb=size_mb)
     _check_ranges(min_keep, round_to, scope, finetune, data)
     _check_ranking(ranking)
+    _check_repair(repair, data)
     options = Options(
         budget,
         Limits(round_to, min_keep, scope, ranking),
-        criterion,
+        criterion or "l2",
         tuple(keep),
         parse_granularity(granularity, vocab_keep, vocab_unknown),
         finetune,
@@ -148,6 +157,7 @@ def prune(
         check,
         seed,
         threads,
+        repair=repair,
     )
     listener, clock = progress or Silent(), _Clock()
     with clock.stage("load", listener):
@@ -159,18 +169,20 @@ def prune(
         options = replace(options, as_float32=needs_float32(original, threads))
         feeds = _feeds(original, train, seed, threads, options.as_float32)
         analysis, first = without_dead(whole, lossless, feeds, options)
+        calibration = calibrate(original, train, options)
+        options = replace(options, criterion=criterion or default_criterion(calibration))
     with clock.stage("prune", listener):
         if budget.kind == "lossless":
             train, verified = None, first
         else:
             options = replace(options, budget=scaled(budget, whole, analysis))
-            verified = _prune_verified(analysis, options, feeds)
+            verified = _prune_verified(analysis, options, feeds, calibration)
             verified = replace(verified, notes=(*first.notes, *verified.notes))
     plan = _plan(analysis, verified, replace(options, budget=budget))
     plan = replace(plan, model=fingerprint(original), lossless=analysis is not whole)
     with clock.stage("rebuild", listener):
         rebuilt, metrics, steps = rebuild(
-            original, verified.applied.model, train, held_out, options, listener
+            analysis, verified, calibration, train, held_out, options, listener
         )
     with clock.stage("check", listener):
         options = replace(options, budget=budget)
@@ -308,6 +320,14 @@ def _check_ranking(ranking: str | None) -> None:
         raise InvalidRecipeError(f"--ranking {ranking!r} is unknown: choose {', '.join(RANKINGS)}")
 
 
+def _check_repair(repair: str, data: Any) -> None:
+    if repair not in ("auto", "none", *REPAIRS):
+        known = ", ".join(("auto", "none", *REPAIRS))
+        raise InvalidRecipeError(f"--repair {repair!r} is unknown: choose {known}")
+    if repair == "bn" and data is None:
+        raise InvalidRecipeError("--repair bn measures statistics: add --data")
+
+
 def _check_prunable(analysis: Analysis) -> None:
     constants = analysis.coupling.graph.constants.values()
     if not any(c.dtype in WEIGHT_TYPES and c.size for c in constants):
@@ -347,21 +367,25 @@ def _feeds(
         return real
 
 
-def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]) -> Verified:
+def _prune_verified(
+    analysis: Analysis,
+    options: Options,
+    feeds: Sequence[Feeds],
+    calibration: Calibration | None,
+) -> Verified:
     """Select and apply; where the result differs from its twin, keep the faulty groups, again."""
     from onnxprune.passes.apply import Applied, apply_keep
-    from onnxprune.passes.score import score
     from onnxprune.passes.select import select
     from onnxprune.vocabulary import decided_rows
 
     coupling = analysis.coupling
-    scores = score(coupling, options.criterion, seed=options.seed)
+    ranked = rank_units(analysis, options, calibration)
     fixed = matching_units(coupling, options.keep)
     stay, gone = decided_rows(coupling)
     fixed = np.union1d(fixed, stay).astype(np.int32)
     tolerance = default_tolerance(analysis.model, options.as_float32)
     faulty: list[Group] = []
-    notes: list[str] = []
+    notes: list[str] = list(ranked.notes)
 
     def judge(keep: Mask) -> Verdict:
         return examine(
@@ -372,12 +396,13 @@ def _prune_verified(analysis: Analysis, options: Options, feeds: Sequence[Feeds]
         keep = select(
             coupling,
             analysis.groups,
-            scores,
+            ranked.scores,
             analysis.cost,
             options.budget,
             options.limits,
             fixed,
             gone,
+            losses=ranked.losses,
         )
         if keep.all():
             return Verified(keep, Applied(analysis.model, {}), None, (*notes, _nothing(options)))

@@ -52,13 +52,18 @@ def rebuild(
     steps: list[Step] = []
     if calibration is not None and not verified.keep.all():
         rewriter = Rewriter(analysis.coupling, verified.keep)
-        stage = _Stage(original, rewriter, limited(calibration, analysis.coupling), train, options)
-        steps.append({"step": "pruned", "output_error": stage.error(model), **metrics})
-        repaired, facts = stage.repair(model, progress)
-        if repaired is not model:
-            model = repaired
-            metrics = measure(model, held_out, original, options.threads)
-        steps.append({**facts, **metrics})
+        try:
+            stage = _Stage(original, rewriter, limited(calibration, analysis.coupling), options)
+            error = stage.error(model)
+        except FAILURES as failure:
+            steps.append({"step": "pruned", "notes": [f"not repaired: {failure}"], **metrics})
+        else:
+            steps.append({"step": "pruned", "output_error": error, **metrics})
+            repaired, facts = stage.repair(model, train, error, progress)
+            if repaired is not model:
+                model = repaired
+                metrics = measure(model, held_out, original, options.threads)
+            steps.append({**facts, **metrics})
     if options.finetune and train is not None:
         steps = steps or [{"step": "pruned", **metrics}]
         model, facts = _finetune(original, model, train, held_out, options, progress)
@@ -75,23 +80,23 @@ class _Stage:
         original: onnx.ModelProto,
         rewriter: Rewriter,
         calibration: Calibration,
-        train: Dataset | None,
         options: Options,
     ) -> None:
         self.original, self.rewriter, self.options = original, rewriter, options
-        self.calibration, self.train = calibration, train
+        self.calibration = calibration
         share = max(1, round(len(calibration.batches) * JUDGED / max(calibration.samples, 1)))
         self.judged = calibration.batches[:share]
         self.wanted = self._outputs(original)
 
-    def repair(self, model: onnx.ModelProto, progress: Progress) -> tuple[onnx.ModelProto, Step]:
+    def repair(
+        self, model: onnx.ModelProto, train: Dataset | None, before: float, progress: Progress
+    ) -> tuple[onnx.ModelProto, Step]:
         """The first repair that brings the outputs nearer; the model itself where none does."""
-        before = self.error(model)
         asked = REPAIRS if self.options.repair == "auto" else (self.options.repair,)
         dropped = {}
         for name in asked:
             try:
-                result = self._run(name, model, progress)
+                result = self._run(name, model, train, progress)
                 problems = structure_problems(result.model, self.original)
                 after = self.error(result.model)
             except (*FAILURES, np.linalg.LinAlgError) as failure:
@@ -114,26 +119,32 @@ class _Stage:
         words = "; ".join(f"{name}: {why}" for name, why in dropped.items())
         return model, {"step": "no repair", "notes": [f"no repair was kept ({words})"]}
 
-    def _run(self, name: str, model: onnx.ModelProto, progress: Progress) -> Repaired:
+    def _run(
+        self, name: str, model: onnx.ModelProto, train: Dataset | None, progress: Progress
+    ) -> Repaired:
         from onnxprune.calibration.sequential import Repaired
         from onnxprune.passes.compensate import CompensateBias
         from onnxprune.passes.match_moments import MatchMoments
         from onnxprune.passes.reconstruct import Reconstruct
 
         if name == "bn":
-            return Repaired(self._reestimate(model))
-        passes = {"reconstruct": Reconstruct, "moments": MatchMoments, "bias": CompensateBias}
+            return Repaired(self._reestimate(model, train))
+        passes: dict[str, type[Reconstruct | MatchMoments | CompensateBias]] = {
+            "reconstruct": Reconstruct,
+            "moments": MatchMoments,
+            "bias": CompensateBias,
+        }
         step = passes[name](seed=self.options.seed, threads=self.options.threads)
         return step(model, self.rewriter, self.calibration.batches, progress=progress)
 
-    def _reestimate(self, model: onnx.ModelProto) -> onnx.ModelProto:
+    def _reestimate(self, model: onnx.ModelProto, train: Dataset | None) -> onnx.ModelProto:
         from onnxprune.passes.reestimate_batchnorm import ReestimateBatchNorm
 
-        if self.train is None or not any(
+        if train is None or not any(
             node.op_type == "BatchNormalization" for node in model.graph.node
         ):
             return model
-        return ReestimateBatchNorm(threads=self.options.threads)(model, self.train)
+        return ReestimateBatchNorm(threads=self.options.threads)(model, train)
 
     def error(self, model: onnx.ModelProto) -> float:
         """Squared distance of the outputs, relative to their variance; infinite if not finite."""
@@ -216,5 +227,3 @@ def measure(
     from onnxprune.metrics import evaluate
 
     return evaluate(model, data, threads=threads, reference=reference)
-
-

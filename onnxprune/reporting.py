@@ -63,6 +63,7 @@ def make_report(
             "round_to": options.limits.round_to,
             "min_keep": options.limits.min_keep,
             "keep": list(options.keep),
+            "repair": options.repair,
             "finetune": options.finetune,
             "max_drop": options.max_drop,
             "seed": options.seed,

@@ -93,8 +93,12 @@ def select(
     limits: Limits,
     fixed: Units,
     gone: Units = NONE,
+    *,
+    losses: bool = False,
 ) -> Mask:
     """keep[unit] under which `budget` holds; units in `fixed` stay, those in `gone` go.
+
+    `losses`: the scores are errors that compare between layers, as each unit goes in its turn.
 
     Raises:
         BudgetError: it cannot be reached; says what can.
@@ -111,7 +115,7 @@ def select(
     ranked = [g for g in groups if not np.isin(g.units, gone).any()]
     measure = _measure(budget, ranked, cost)
     target = budget.value if budget.kind == "size-mb" else budget.value * measure(whole)
-    order = _order(coupling, choices, scores, cost, budget, ranking)
+    order = _order(coupling, choices, scores, cost, budget, ranking, losses)
 
     def at(removed: int) -> Mask:
         gone_by_choice = np.bincount(order[:removed], minlength=len(choices))
@@ -198,13 +202,15 @@ def _order(
     cost: CostModel,
     budget: Budget,
     ranking: Ranking,
+    losses: bool,
 ) -> NDArray[np.int64]:
     """The choice that gives its next unit, at each step."""
     if ranking == "uniform":
         ranks = [np.arange(1, c.able + 1) / c.size for c in choices]
     else:
         per_unit = cost.macs_per_unit() if budget.kind == "macs" else cost.params_per_unit()
-        ranks = [_priced(c, scores, per_unit) for c in choices]
+        price = _loss_per_cost if losses else _priced
+        ranks = [price(c, scores, per_unit) for c in choices]
     if ranking == "isomorphic":
         ranks = _within_classes(ranks, isomorphic([c.group for c in choices], coupling))
     owner = np.repeat(np.arange(len(choices)), [c.able for c in choices])
@@ -216,6 +222,11 @@ def _priced(choice: _Choice, scores: Scores, per_unit: Scores) -> Scores:
     price = max(float(per_unit[choice.order].sum()), 1e-12)
     harm = _harm(scores[choice.order], choice.size)[: choice.able]
     return np.asarray(harm / price**PRICE_POWER, np.float64)
+
+
+def _loss_per_cost(choice: _Choice, scores: Scores, per_unit: Scores) -> Scores:
+    price = max(float(per_unit[choice.order].mean()), 1e-12)
+    return np.maximum.accumulate(scores[choice.order])[: choice.able] / price
 
 
 def _within_classes(ranks: Sequence[Scores], classes: Sequence[int]) -> list[Scores]:

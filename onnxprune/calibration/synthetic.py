@@ -1,7 +1,7 @@
 """Inputs made up for models that come without data.
 
-Images are random smooth textures, or smooth shapes on an empty ground. Which of them, how bright and
-how strong, is chosen by what the model itself remembers of its training data: the means and
+Images are random smooth textures, or smooth shapes on an empty ground. Which of them, how bright
+and how strong, is chosen by what the model itself remembers of its training data: the means and
 variances that its BatchNormalization recorded (the idea of Cai et al., ZeroQ, 2020, without its
 gradients). Inputs that are no images are random numbers.
 """
