@@ -134,7 +134,8 @@ class _Stage:
             "moments": MatchMoments,
             "bias": CompensateBias,
         }
-        step = passes[name](seed=self.options.seed, threads=self.options.threads)
+        may_grow = self.options.budget.kind not in ("params", "size-mb")
+        step = passes[name](may_grow=may_grow, seed=self.options.seed, threads=self.options.threads)
         return step(model, self.rewriter, self.calibration.batches, progress=progress)
 
     def _reestimate(self, model: onnx.ModelProto, train: Dataset | None) -> onnx.ModelProto:

@@ -29,6 +29,7 @@ class CompensateBias:
     name: ClassVar[str] = "compensate-bias"
 
     rows: int = 65536
+    may_grow: bool = True
     seed: int = 0
     threads: int | None = None
 
@@ -48,6 +49,7 @@ class CompensateBias:
             mean_only,
             rows=self.rows,
             sums=FIRST,
+            may_grow=self.may_grow,
             seed=self.seed,
             threads=self.threads,
         )

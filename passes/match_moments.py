@@ -31,6 +31,7 @@ class MatchMoments:
     name: ClassVar[str] = "match-moments"
 
     rows: int = 16384
+    may_grow: bool = True
     seed: int = 0
     threads: int | None = None
 
@@ -49,6 +50,7 @@ class MatchMoments:
             batches,
             matched,
             rows=self.rows,
+            may_grow=self.may_grow,
             seed=self.seed,
             threads=self.threads,
         )

@@ -30,6 +30,7 @@ class Reconstruct:
 
     inputs: Inputs = "pruned"
     rows: int = 16384
+    may_grow: bool = True
     seed: int = 0
     threads: int | None = None
 
@@ -49,6 +50,7 @@ class Reconstruct:
             ridge,
             self.inputs,
             self.rows,
+            may_grow=self.may_grow,
             seed=self.seed,
             threads=self.threads,
         )

@@ -120,7 +120,8 @@ def prune_half(
 
 
 def prune(model: onnx.ModelProto, **options: Any) -> Result:
-    """`pipeline.prune` on one thread, without its seconds of latency measurements."""
+    """`pipeline.prune` on one thread, without repair, nor its seconds of latency measurements."""
+    options.setdefault("repair", "none")
     with mock.patch.object(runtime, "latencies_ms", return_value=[1.0, 1.0]):
         return pipeline.prune(model, threads=1, **options)
 

@@ -222,7 +222,7 @@ class TestPrune:
             "params": None,
             "size_mb": None,
             "scope": "all",
-            "criterion": "l2",
+            "criterion": None,
             "round_to": 1,
             "min_keep": 0.1,
             "ranking": None,
@@ -232,6 +232,7 @@ class TestPrune:
             "keep": (),
             "data": None,
             "val": None,
+            "repair": "auto",
             "finetune": 0,
             "max_drop": None,
             "lossless": None,
@@ -246,7 +247,7 @@ class TestPrune:
             "prune in.onnx out.onnx --size-mb 2.5 --scope exact --criterion fpgm --round-to 8 "
             "--min-keep 0.2 --ranking isomorphic "
             "--granularity head-dim,vocab --vocab-keep ids.txt --vocab-unknown 3 "
-            "--keep stem* --keep head* --data d.npz --val v.npz --finetune 3 --max-drop 1 "
+            "--keep stem* --keep head* --data d.npz --val v.npz --repair bias --finetune 3 --max-drop 1 "
             "--seed 7 --threads 2 -q"
         )
         assert cli.main(command.split()) == 0
@@ -267,6 +268,7 @@ class TestPrune:
             "keep": ("stem*", "head*"),
             "data": "d.npz",
             "val": "v.npz",
+            "repair": "bias",
             "finetune": 3,
             "max_drop": 1.0,
             "lossless": None,
@@ -424,7 +426,7 @@ class TestTop:
         shown = capsys.readouterr().out
         options = (
             "channels macs params size-mb scope criterion round-to min-keep keep data val "
-            "finetune max-drop plan report no-check seed threads"
+            "repair finetune max-drop plan report no-check seed threads"
         )
         assert [name for name in options.split() if f"--{name} " not in shown] == []
 

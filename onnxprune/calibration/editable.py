@@ -19,10 +19,12 @@ Array = NDArray[Any]
 class Editable:
     """A copy of a model: `nodes` in topological order, stored tensors by name.
 
-    Constant nodes count as stored tensors and are not among `nodes`.
+    Constant nodes count as stored tensors and are not among `nodes`. Unless the model `may_grow`,
+    no tensor is added: neither a bias where none was, nor a copy of a shared one.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, *, may_grow: bool = True) -> None:
+        self.may_grow = may_grow
         self.proto = onnx.ModelProto()
         self.proto.CopyFrom(model)
         graph = self.proto.graph
@@ -98,6 +100,14 @@ class Editable:
         """Whether a stored tensor is read once and is neither an input nor an output."""
         inputs = {i.name for i in self.proto.graph.input}
         return len(self.readers.get(name, ())) == 1 and name not in self.outputs | inputs
+
+    def can_write(self, index: int, slot: int) -> bool:
+        """Whether input `slot` of node `index` is stored in a tensor of its own, or can be."""
+        node = self.nodes[index]
+        name = node.input[slot] if slot < len(node.input) else ""
+        if not name:
+            return self.may_grow
+        return self.weight(name) is not None and (self.may_grow or self.is_own(name))
 
     def write(self, index: int, slot: int, value: Array) -> None:
         """Input `slot` of node `index` holds `value`; the tensor's other readers are left alone."""

@@ -56,6 +56,7 @@ class Repair:
             another).
         rows: rows of data for a site's moments, or 16 times its inputs where that is more.
         sums: which moments the solver needs.
+        may_grow: False adds no bias where none was: the number of weights stays.
     """
 
     model: onnx.ModelProto
@@ -65,12 +66,13 @@ class Repair:
     inputs: Inputs = "pruned"
     rows: int = 16384
     sums: Sequence[str] = SECOND
+    may_grow: bool = True
     seed: int = 0
     threads: int | None = None
 
     def __post_init__(self) -> None:
         """Index both models."""
-        self.student = Editable(self.model)
+        self.student = Editable(self.model, may_grow=self.may_grow)
         self.teacher = Editable(self.rewriter.coupling.graph.model)
         self.rng = np.random.default_rng(self.seed)
 
@@ -166,6 +168,8 @@ class Repair:
     def _record(self, site: Site, halves: Halves, solved: Array) -> None:
         """A BatchNormalization right behind the operator gets the statistics of its new input."""
         if not site.path or site.path[0].op_type != "BatchNormalization" or "A" not in self.sums:
+            return
+        if not all(self.student.can_write(site.path[0].node, slot) for slot in range(1, 5)):
             return
         count = halves[0].count + halves[1].count
         total = {n: sum(h.sums[n] for h in halves if h.count) / count for n in ("A", "p")}

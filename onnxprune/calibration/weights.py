@@ -73,8 +73,7 @@ def intercept(model: Editable, site: Site) -> Array | None:
 
 def can_shift(model: Editable, site: Site) -> bool:
     """Whether there is a place for a change of the intercept."""
-    has_slot = site.op_type != "MatMul" and _beta(model, site) != 0
-    return has_slot or _place(model, site) is not None
+    return _has_slot(model, site) or _place(model, site) is not None
 
 
 def shift(model: Editable, site: Site, change: Array) -> None:
@@ -97,16 +96,26 @@ def shift(model: Editable, site: Site, change: Array) -> None:
     model.write(step.node, slot, old + delta.reshape(old.shape))
 
 
+def _has_slot(model: Editable, site: Site) -> bool:
+    """Whether the operator itself has or can get a bias."""
+    return site.op_type != "MatMul" and _beta(model, site) != 0 and model.can_write(site.node, 2)
+
+
 def _place(model: Editable, site: Site) -> int | None:
     """The step whose vector takes a change of the intercept; None: the operator's own bias."""
-    norms = [i for i, s in enumerate(site.path) if s.op_type == "BatchNormalization"]
+    norms = [
+        i
+        for i, s in enumerate(site.path)
+        if s.op_type == "BatchNormalization" and model.can_write(s.node, 2)
+    ]
     if norms:
         return norms[-1]
-    if site.op_type != "MatMul" and _beta(model, site) != 0:
+    if _has_slot(model, site):
         return None
     for i, step in enumerate(site.path):
         vector = model.weight(model.nodes[step.node].input[step.slot])
-        if step.op_type in ("Add", "Sub") and vector is not None and vector.size == site.channels:
+        fits = vector is not None and vector.size == site.channels
+        if step.op_type in ("Add", "Sub") and fits and model.can_write(step.node, step.slot):
             return i
     return None
 
