@@ -247,8 +247,8 @@ class TestPrune:
             "prune in.onnx out.onnx --size-mb 2.5 --scope exact --criterion fpgm --round-to 8 "
             "--min-keep 0.2 --ranking isomorphic "
             "--granularity head-dim,vocab --vocab-keep ids.txt --vocab-unknown 3 "
-            "--keep stem* --keep head* --data d.npz --val v.npz --repair bias --finetune 3 --max-drop 1 "
-            "--seed 7 --threads 2 -q"
+            "--keep stem* --keep head* --data d.npz --val v.npz --repair bias "
+            "--finetune 3 --max-drop 1 --seed 7 --threads 2 -q"
         )
         assert cli.main(command.split()) == 0
         del call.options["progress"]
