@@ -14,14 +14,9 @@ from tests.graphs import TOLERANCE, build, prune_half, shapes
 #: An expert's hidden layer sees only the rows that the router sends to it.
 EXPERT = build(
     "(float[N,6] x) => (float[N,6] y)",
-<<<<<<< HEAD
     """r = MatMul(x, route)  zero = Sub(r, r)  k = Greater(r, zero)
     f = Squeeze(k, one)  n = NonZero(f)
     i = Squeeze(n, nought)  j = Transpose(n)  g = Gather<axis=0>(x, i)
-=======
-    """r = MatMul(x, route)  zero = Sub(r, r)  k = Greater(r, zero)  f = Squeeze(k, one)
-    n = NonZero(f)  i = Squeeze(n, nought)  j = Transpose(n)  g = Gather<axis=0>(x, i)
->>>>>>> 8a84976 (Package the calibration modules; wrap long lines)
     shape = Shape(g)  flat = Reshape(g, shape)
     a = MatMul(flat, w1)  b = Relu(a)  c = MatMul(b, w2)
     y = ScatterND(x, j, c)""",
