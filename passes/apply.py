@@ -364,7 +364,7 @@ def _write_values(state: _State, values: Iterable[onnx.ValueInfoProto]) -> None:
     """Recorded shapes keep what they said, except where pruning changed it."""
     rewriter, shapes = state.rewriter, state.coupling.shapes
     for value in values:
-        changed = state.tensors.get(value.name)
+        changed = state.tensors.get(state.coupling.aliases.get(value.name, value.name))
         if changed is not None:
             for dim, size in zip(value.type.tensor_type.shape.dim, changed.dims, strict=False):
                 dim.dim_value = size
@@ -372,10 +372,7 @@ def _write_values(state: _State, values: Iterable[onnx.ValueInfoProto]) -> None:
         before = shapes.dims(value.name)
         if before is None or not value.type.tensor_type.HasField("shape"):
             continue
-        if value.name in state.tensors:
-            after: Sequence[int] = state.tensors[value.name].dims
-        else:
-            after = rewriter.resized(before, state.coupling.layouts.get(value.name, ()))
+        after = rewriter.resized(before, state.coupling.layouts.get(value.name, ()))
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if axis < len(after) and before[axis] != after[axis] and dim.HasField("dim_value"):
                 dim.dim_value = after[axis]

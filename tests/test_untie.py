@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx
 import pytest
 
+from onnxprune import verify
 from onnxprune.graph import Graph
 from onnxprune.untie import untie_vectors
 from tests.graphs import TOLERANCE, build, prune_half, shapes
@@ -72,3 +73,18 @@ def test_readers_inside_bodies_keep_the_original() -> None:
     pruned = prune_half(model)
     assert pruned.error <= TOLERANCE
     assert shapes(pruned.model)["w1"] == (6, 4)
+
+
+def test_the_recorded_shape_of_an_alias_is_that_of_its_weight() -> None:
+    model = build(
+        TWO,
+        """c = Identity(v)  a = MatMul(x, w1)  d = Add(a, v)  n = LayerNormalization(d, c, c)
+        y = MatMul(n, w2)""",
+        "w1:6,8 v:8 w2:8,4",
+    )
+    model = onnx.shape_inference.infer_shapes(model)
+    assert "c" in {value.name for value in model.graph.value_info}
+    pruned = prune_half(model)
+    assert shapes(pruned.model)["v"] == (4,)
+    assert verify.structure_problems(pruned.model, model) == []
+    assert pruned.error <= TOLERANCE
