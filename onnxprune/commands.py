@@ -29,6 +29,21 @@ class Allocation(StrEnum):
     everywhere = "global"
 
 
+class Replacement(StrEnum):
+    """What comes in the place of a dropped branch."""
+
+    none = "none"
+    affine = "affine"
+    linear = "linear"
+
+
+class LayerRanking(StrEnum):
+    """How branches are ranked."""
+
+    output = "output"
+    cosine = "cosine"
+
+
 ModelIn = Annotated[Path, typer.Argument(metavar="IN.onnx", help="The model to read.")]
 ModelOut = Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write the result.")]
 Data = Annotated[
@@ -104,6 +119,60 @@ def prune_weights(
     return _written(finished, target, metrics, max_drop)
 
 
+def prune_layers(
+    source: ModelIn,
+    target: ModelOut,
+    layers: Annotated[int, typer.Option(help="How many residual branches go.")] = 1,
+    replacement: Annotated[
+        Replacement,
+        typer.Option(
+            help="In a branch's place: nothing, a factor and a shift for each channel, or "
+            "a matrix; fitted to the data."
+        ),
+    ] = Replacement.linear,
+    ranking: Annotated[
+        LayerRanking,
+        typer.Option(help="By what the outputs lose, or by how alike input and output are."),
+    ] = LayerRanking.output,
+    data: Data = None,
+    val: Val = None,
+    samples: Samples = 1024,
+    max_drop: MaxDrop = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> int:
+    """Drop the residual branches that matter least."""
+    from onnxprune import io
+    from onnxprune.passes.prune_layers import PruneLayers
+    from onnxprune.report.console import stdout_console
+    from onnxprune.report.progress import progress
+    from onnxprune.report.steps import show_layers
+
+    options = PruneLayers(
+        layers=layers,
+        replacement=replacement.value,
+        ranking=ranking.value,
+        samples=samples,
+        threads=threads,
+    )
+    model = io.load(source)
+    with progress(quiet) as listener:
+        result = options(model, _data(data, model), progress=listener)
+    metrics = _measured(model, result.model, val or data, threads)
+    show_layers(stdout_console(), model, result, metrics, _latencies(model, result.model, threads))
+    return _written(result.model, target, metrics, max_drop)
+
+
+def _latencies(before: onnx.ModelProto, after: onnx.ModelProto, threads: int | None) -> list[float]:
+    from onnxprune import runtime
+
+    feeds = runtime.working_feeds(before, threads=threads)[0]
+    return runtime.latencies_ms(
+        [(runtime.session(m, threads=threads), feeds) for m in (before, after)]
+    )
+
+
 def _data(source: str | None, model: onnx.ModelProto) -> Any:
     if source is None:
         return None
@@ -156,3 +225,4 @@ def _written(
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command("prune-weights")(prune_weights)
+    app.command("prune-layers")(prune_layers)

@@ -46,3 +46,15 @@ def test_a_promise_is_kept_or_nothing_written(
     assert cli.main([*command, "--max-drop", "1", "--val", digits["test"]]) == 1
     assert "is not written" in capsys.readouterr().err
     assert not target.exists()
+
+
+def test_prune_layers(
+    digits: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "out.onnx"
+    command = ["prune-layers", digits["model"], str(target), "--layers", "1", "-q"]
+    command += ["--data", digits["train"], "--samples", "128", "--threads", "1"]
+    assert cli.main(command) == 0
+    text = capsys.readouterr().out
+    assert "1 of 3 branches dropped" in text
+    assert len(onnx.load(target).graph.node) < len(onnx.load(digits["model"]).graph.node)

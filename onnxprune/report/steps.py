@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import onnx
     from rich.console import Console
 
+    from onnxprune.passes.prune_layers import LayersResult
     from onnxprune.passes.prune_weights import WeightsResult
 
 
@@ -53,6 +54,29 @@ def show_weights(
         soft_wrap=True,
         highlight=False,
     )
+
+
+def show_layers(
+    console: Console,
+    before: onnx.ModelProto,
+    result: LayersResult,
+    metrics: Sequence[Mapping[str, float]],
+    latencies_ms: Sequence[float],
+) -> None:
+    """The branches that went, and what that changed."""
+    from onnxprune.cost import count_params
+
+    rows = _table("dropped branch, by its first layer", "layers", "cosine", "output change", "by")
+    for row in result.dropped:
+        numbers = (str(len(row.layers)), f"{row.similarity:.3f}", f"{row.output_error:.3f}")
+        rows.add_row(row.layers[0], *numbers, row.replacement)
+    console.print(rows)
+    console.print(f"{len(result.dropped)} of {result.candidates} branches dropped", highlight=False)
+    total = _table("", "before", "after")
+    total.add_row("parameters", *(f"{count_params(m):,}" for m in (before, result.model)))
+    total.add_row("latency", *(f"{t:.3f} ms" for t in latencies_ms))
+    show_metrics(total, metrics)
+    console.print(total)
 
 
 def show_metrics(table: Table, metrics: Sequence[Mapping[str, float]]) -> None:
