@@ -231,6 +231,21 @@ MULTI_HEAD = [
         signature=POSITIONS,
     ),
     attention(
+        "multi-head-rotary-4d",
+        f"""q1 = Reshape(q, four)  q2 = Transpose<perm=[0,2,1,3]>(q1)
+        q3 = {MS}.RotaryEmbedding(q2, p, cos, sin)
+        q4 = Transpose<perm=[0,2,1,3]>(q3)  q5 = Reshape(q4, flat)  a = {MULTI}(q5, k, v)""",
+        f"{WEIGHTS} cos:16,2 sin:16,2 four=0,0,4,4 flat=0,0,-1",
+        signature=POSITIONS,
+    ),
+    attention(
+        "multi-head-rotary-of-images",
+        f"""q1 = {MS}.MRotaryEmbedding<num_heads=4, rotary_embedding_dim=4,
+        mrope_section=[1,1,0]>(q, p, cos, sin)  a = {MULTI}(q1, k, v)""",
+        f"{WEIGHTS} cos:16,2 sin:16,2",
+        signature="(float[N,S,8] x, int64[3,N,S] p) => (float[N,S,8] y)",
+    ),
+    attention(
         "group-query",
         f"a = {GROUP_QUERY}>(q, k, v, , , l, t)",
         GROUP_WEIGHTS,

@@ -8,7 +8,7 @@ import pytest
 from onnxprune import runtime, verify
 from onnxprune.cost import count_params
 from tests.graphs import TOLERANCE, prune_half, shapes
-from tests.rows import MICROSOFT, build
+from tests.rows import MICROSOFT, Row, build
 
 SIGNATURE = """(int64[batch_size,sequence_length] ids,
     int64[batch_size,total_sequence_length] mask,
@@ -62,3 +62,39 @@ def test_query_heads_and_channels_go_and_the_cache_stays(packed: bool) -> None:
     feeds = runtime.working_feeds(model)
     error = verify.twin_error(pruned.analysis.coupling, pruned.keep, pruned.model, feeds, threads=1)
     assert error <= TOLERANCE
+
+
+CACHED = """(float[N,5,12] x, float[N,2,P,4] pk, float[N,2,P,4] pv)
+    => (float[N,5,3] y, float[N,2,T,4] nk, float[N,2,T,4] nv)"""
+REPEATED = """q0 = MatMul(x, wq)  k0 = MatMul(x, wk)  v0 = MatMul(x, wv)
+    q1 = Reshape(q0, heads)  k1 = Reshape(k0, few)  v1 = Reshape(v0, few)
+    q = Transpose<perm=[0,2,1,3]>(q1)  k2 = Transpose<perm=[0,2,1,3]>(k1)
+    v2 = Transpose<perm=[0,2,1,3]>(v1)
+    nk = Concat<axis=2>(pk, k2)  nv = Concat<axis=2>(pv, v2)  d = Shape(nk)
+    n = Slice(d, i0, i1)  t = Slice(d, i2, i3)  four = Concat<axis=0>(n, c4, t, c4)
+    wide = Concat<axis=0>(n, c2, c2, t, c4)
+    k3 = Unsqueeze(nk, i2)  v3 = Unsqueeze(nv, i2)  {repeat}
+    k5 = Reshape(k4, four)  v = Reshape(v4, four)  k = Transpose<perm=[0,1,3,2]>(k5)
+    s = MatMul(q, k)  w = Softmax(s)  c = MatMul(w, v)  c1 = Transpose<perm=[0,2,1,3]>(c)
+    a = Reshape(c1, back)  y = MatMul(a, wo)"""
+
+
+@pytest.mark.parametrize(
+    "repeat",
+    [
+        "k4 = Expand(k3, wide)  v4 = Expand(v3, wide)",
+        "k4 = Tile(k3, times)  v4 = Tile(v3, times)",
+    ],
+)
+def test_without_fused_attention_query_heads_go_evenly_from_each_group(repeat: str) -> None:
+    row = Row(
+        "cached",
+        CACHED,
+        REPEATED.format(repeat=repeat),
+        """wq:12,16 wk:12,8 wv:12,8 wo:16,3 heads=0,0,4,4 few=0,0,2,4 back=0,0,16 times=1,1,2,1,1
+        i0=0 i1=1 i2=2 i3=3 c2=2 c4=4""",
+        "wq wo",
+    )
+    row.check()
+    kept = prune_half(row.model()).applied.slices["wo"].keep["0"]
+    assert {i // 4 for i in kept} in ({0, 2}, {1, 3})
