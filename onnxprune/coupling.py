@@ -316,7 +316,8 @@ class Interpreter:
     def freeze(self, node: Node, labels: Labels | None, words: str) -> None:
         """These labels must stay, because of `words`."""
         if labels is not None:
-            self._frozen_here[labels.size] = self.system.freeze(labels, node.index, words)
+            why = self.system.freeze(labels, node.index, words)
+            self._frozen_here |= {labels.size: why} if (labels > 0).any() else {}
 
     def inexact(self, node: Node, labels: Labels | None, words: str) -> None:
         """Removing these labels is another function than zeroing them, because of `words`."""

@@ -16,6 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Labels = NDArray[np.int32]
+#: Votes of an axis along which another factor is pruned already.
+DECIDED = 1 << 20
 Array = NDArray[Any]
 
 
@@ -163,20 +165,32 @@ class System:
         self._freeze_reserved()
         pending = list(self.factors)
         for stage in ("certain", "voted", "any"):
-            if not pending:
-                break
-            parts = _components(self.size, self._edges)
-            frozen = self._first_reasons(parts)
-            votes = self._count_votes(parts)
-            later = []
-            for factor in pending:
-                choice = _choose(factor, parts, frozen, votes, stage)
-                if choice is None:
-                    later.append(factor)
-                else:
-                    self._decide(factor, choice)
-            pending = later
+            again = True
+            while pending and again:
+                pending, again = self._choose_some(pending, stage)
         return self._number()
+
+    def _choose_some(self, pending: Sequence[Factor], stage: str) -> tuple[list[Factor], bool]:
+        """Decide factors that do not bear on each other; those that wait, and whether for others.
+
+        What one factor decides leaves others over the same labels or axes less to choose from: two
+        groupings of the same channels must not contradict each other. The most bound go first.
+        """
+        parts = _components(self.size, self._edges)
+        frozen = self._first_reasons(parts)
+        votes = self._count_votes(parts)
+        found = [(f, *_choose(f, parts, frozen, votes, stage)) for f in pending]
+        able = [
+            (f, choice) for f, choice, n in sorted(found, key=lambda c: c[2]) if choice >= 0 < n
+        ]
+        bare = [(f, choice) for f, choice, n in found if n == 0]
+        live = np.where(frozen > 0, 0, np.arange(self.size, dtype=np.int32))
+        ready = bare + _independent(able, live[parts], self.size)
+        for factor, choice in ready:
+            self._decide(factor, choice)
+            self.prefer(factor.factors[choice], DECIDED)
+        chosen = {id(factor) for factor, _ in ready}
+        return [f for f in pending if id(f) not in chosen], len(ready) < len(able) + len(bare)
 
     def _freeze_reserved(self) -> None:
         if not self._reserved:
@@ -244,8 +258,61 @@ def _components(size: int, edges: Sequence[tuple[Labels, Labels]]) -> Labels:
     return connected_components(graph, directed=False)[1].astype(np.int32)
 
 
-def _choose(factor: Factor, parts: Labels, frozen: Labels, votes: Labels, stage: str) -> int | None:
-    """The axis of `factor` to prune along; None where that should wait for other decisions.
+def _independent(
+    able: Sequence[tuple[Factor, int]], parts: Labels, size: int
+) -> list[tuple[Factor, int]]:
+    """Decisions that can be made at once: none splits labels otherwise than another, and no axis is
+    taken by one and left by another.
+
+    Those over axes of a factor that has to wait do wait, too, unless nothing were left.
+    """
+    row = np.full(size, -1, np.int32)
+    taken, left, waits = (np.zeros(size, bool) for _ in range(3))
+    ready: list[tuple[Factor, int]] = []
+    for factor, choice in able:
+        axes = [_live(axis, parts) for axis in factor.factors]
+        others = [axis for i, axis in enumerate(axes) if i != choice]
+        own, rows = _rows(factor, choice, parts)
+        met = row[own]
+        split = ((met >= 0) & (met != rows)).any()
+        if split or left[axes[choice]].any() or any(taken[a].any() for a in others):
+            for axis in axes:
+                waits[axis] = True
+            continue
+        row[own] = rows
+        taken[axes[choice]] = True
+        for axis in others:
+            left[axis] = True
+        ready.append((factor, choice))
+    free = [
+        (f, choice)
+        for f, choice in ready
+        if not any(waits[_live(axis, parts)].any() for axis in f.factors)
+    ]
+    return free or ready[:1]
+
+
+def _live(labels: Labels, parts: Labels) -> Labels:
+    """The components of labels that may go; `parts` is 0 for those that stay."""
+    found = parts[np.maximum(labels, 0)]
+    return found[found > 0]
+
+
+def _rows(factor: Factor, axis: int, parts: Labels) -> tuple[Labels, Labels]:
+    """The components of a factor's labels, and for each the first one of its index on `axis`."""
+    own = np.moveaxis(np.where(factor.labels > 0, parts[np.maximum(factor.labels, 0)], 0), axis, 0)
+    grid = own.reshape(own.shape[0], -1)
+    first = np.broadcast_to(grid.min(axis=1, keepdims=True), grid.shape)
+    live = grid > 0
+    return grid[live], first[live]
+
+
+def _choose(
+    factor: Factor, parts: Labels, frozen: Labels, votes: Labels, stage: str
+) -> tuple[int, int]:
+    """The axis of `factor` to prune along, and how many there are to choose from.
+
+    The axis is -1 where that should wait for other decisions.
 
     Those without an alternative come first, then those for which an operator has spoken: what they
     tie may leave the rest no choice.
@@ -262,8 +329,8 @@ def _choose(factor: Factor, parts: Labels, frozen: Labels, votes: Labels, stage:
         scores.append((units > 1, int(votes[own_parts[alive]].max(initial=0)), units))
     able = [s for s in scores if s[0]]
     if len(able) > 1 and (stage == "certain" or (stage == "voted" and not any(s[1] for s in able))):
-        return None
-    return max(range(len(scores)), key=lambda i: (scores[i], -i))
+        return -1, len(able)
+    return max(range(len(scores)), key=lambda i: (scores[i], -i)), len(able)
 
 
 def varying_axes(labels: Labels) -> tuple[int, ...]:

@@ -93,9 +93,10 @@ def test_the_reason_is_the_first_one(name: str) -> None:
 
 def test_channels_that_meet_positions() -> None:
     model = build(
-        "(float[N,3,8,8] x) => (float[N,4,8,8] y)",
-        "a = Conv(x, w1)  b = Transpose<perm=[0,2,1,3]>(a)  c = Add(a, b)  y = Conv(c, w2)",
-        "w1:8,3,1,1 w2:4,8,1,1",
+        "(float[N,3,16,16] x) => (float[N,4,8,8] y)",
+        """a = Conv<strides=[2,2]>(x, w1)  b = Transpose<perm=[0,2,1,3]>(a)  c = Add(a, b)
+        y = Conv(c, w2)""",
+        "w1:8,3,2,2 w2:4,8,1,1",
     )
     row = _rows(model)["w1", 0]
     assert (row.node, row.reason) == (
@@ -107,9 +108,9 @@ def test_channels_that_meet_positions() -> None:
 def _many(count: int) -> onnx.ModelProto:
     """Many biases over positions."""
     lines = [f"t{i + 1} = Add(t{i}, b{i})" for i in range(count)]
-    body = "t0 = Conv(x, w)  " + "  ".join(lines) + f"  y = Relu(t{count})"
-    weights = "w:4,3,1,1 " + " ".join(f"b{i}:1,8,{8 if i else 1}" for i in range(count))
-    return build("(float[N,3,8,8] x) => (float[N,4,8,8] y)", body, weights)
+    body = "t0 = Conv<strides=[2,2]>(x, w)  " + "  ".join(lines) + f"  y = Relu(t{count})"
+    weights = "w:4,3,2,2 " + " ".join(f"b{i}:1,8,{8 if i else 1}" for i in range(count))
+    return build("(float[N,3,16,16] x) => (float[N,4,8,8] y)", body, weights)
 
 
 def test_many_alike_are_summed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
