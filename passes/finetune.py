@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -17,7 +18,7 @@ from onnxprune.training.autodiff.local import LocalWorker
 from onnxprune.training.client import Worker
 from onnxprune.training.features import Features
 from onnxprune.training.groups import ParameterGroup
-from onnxprune.training.loss import Distillation
+from onnxprune.training.loss import COMPARISONS, Distillation
 from onnxprune.training.run import RATES, Epoch, FinetuneResult, Run
 from onnxprune.training.schedule import Schedule
 
@@ -48,6 +49,8 @@ class Finetune:
             the weights themselves.
         groups: learning rates and weight decays of parameters by name.
         alpha: the teacher's share of the loss where there are labels too.
+        distillation: how outputs are compared with the teacher's: "kl", "bce", "mse", "l1", "none";
+            one for all, or by output name; "auto": by the last node and the shape.
         clip: limit of the gradient's norm; 0 is none.
         threads: of the training worker; None: all cores.
         patience: epochs without a better validation result before the training ends; None: never.
@@ -107,6 +110,7 @@ class Finetune:
             "alpha": 0 <= self.alpha <= 1,
             "schedule": self.schedule in ("cosine", "linear", "constant"),
             "backend": self.backend in ("auto", "worker", "builtin"),
+            "distillation": _known(self.distillation),
             "feature_weight": self.feature_weight >= 0,
             "features": self.features in ("none", "last") or isinstance(self.features, tuple),
             "ema": 0 <= self.ema < 1,
@@ -157,3 +161,8 @@ class Finetune:
             if self.backend == "worker":
                 raise
             return LocalWorker(), [f"gradients are computed by plain ONNX operators: {error}"]
+
+
+def _known(distillation: Distillation) -> bool:
+    chosen = distillation.values() if isinstance(distillation, Mapping) else [distillation]
+    return all(choice in COMPARISONS for choice in chosen)

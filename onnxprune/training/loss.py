@@ -9,7 +9,8 @@ labels, ignored positions and parts of batches:
 * soft:   sum -target * log_softmax(z / T)      cross-entropy, and KL less its constant
 * binary: sum weight * softplus(z) - target * z  cross-entropy of sigmoids
 * square: sum weight * (z - target)^2
-* likeness: the same between the rows of z z^T, each of length 1 (see `features`)
+* absolute: sum weight * |z - target|
+* likeness: the square of the rows of z z^T, each of length 1 (see `features`)
 
 The constant part of KL enters as `offset`, so that the loss shown is the divergence itself.
 """
@@ -29,9 +30,11 @@ from onnxprune.errors import TrainingError
 from onnxprune.training.draft import Builder, Draft, attributes, infer
 from onnxprune.training.features import EPSILON, likeness
 
-Kind = Literal["soft", "binary", "square", "likeness"]
+Kind = Literal["soft", "binary", "square", "absolute", "likeness"]
 Final = Literal["softmax", "logsoftmax", "sigmoid", "none"]
-Distillation = Literal["auto", "kl", "mse"]
+Comparison = Literal["auto", "kl", "bce", "mse", "l1", "none"]
+Distillation = Comparison | Mapping[str, Comparison]
+COMPARISONS: tuple[Comparison, ...] = ("auto", "kl", "bce", "mse", "l1", "none")
 Arrays = dict[str, NDArray[Any]]
 SMALLEST = 1e-30
 
@@ -188,34 +191,51 @@ def _teacher_terms(
     temperature: float,
     distillation: Distillation,
 ) -> list[Term]:
+    choices = _choices(distillation, outputs)
     terms = []
     for index, (name, output) in enumerate(outputs.items()):
+        choice = choices[name]
+        if choice == "none":
+            continue
         final, axis = final_activation(draft, name, output.ndim)
         if labelled is not None and labelled.output == name and labelled.kind == "soft":
             axis = labelled.axis
-        if axis is None and (
-            distillation == "kl" or (index == 0 and output.ndim == 2 and output.shape[1] > 1)
-        ):
+        scores = index == 0 and output.ndim == 2 and output.shape[1] > 1
+        if axis is None and (choice == "kl" or scores):
             axis = 1 if output.ndim == 2 else output.ndim - 1
-        if final == "sigmoid" and distillation != "mse":
-            kind: Kind = "binary"
-        else:
-            kind = "soft" if axis is not None and distillation != "mse" else "square"
-        scale = 1 / max(float(np.var(output, dtype=np.float64)), 1e-6) if kind == "square" else 1.0
-        terms.append(
-            Term(
-                f"teacher{index}",
-                name,
-                kind,
-                final,
-                axis or 0,
-                share,
-                temperature,
-                True,
-                scale=scale,
-            )
-        )
+        kind = _kind(choice, final, axis, name)
+        scale = 1.0
+        if kind in ("square", "absolute"):
+            variance = max(float(np.var(output, dtype=np.float64)), 1e-6)
+            scale = 1 / variance if kind == "square" else variance**-0.5
+        key = f"teacher{index}"
+        terms.append(Term(key, name, kind, final, axis or 0, share, temperature, True, scale=scale))
     return terms
+
+
+def _choices(distillation: Distillation, outputs: Mapping[str, Any]) -> dict[str, Comparison]:
+    """How each output is compared with the teacher's."""
+    if not isinstance(distillation, Mapping):
+        return dict.fromkeys(outputs, distillation)
+    unknown = sorted(distillation.keys() - outputs.keys())
+    if unknown:
+        raise TrainingError(
+            f"distillation: the model has no float output named {unknown[0]!r}; it has "
+            f"{', '.join(outputs)}"
+        )
+    return {name: distillation.get(name, "auto") for name in outputs}
+
+
+def _kind(choice: Comparison, final: Final, axis: int | None, name: str) -> Kind:
+    if choice == "bce" and final != "sigmoid":
+        raise TrainingError(f"distillation: bce needs a Sigmoid, which {name!r} does not come from")
+    if choice == "kl":
+        return "soft"
+    if choice in ("mse", "l1"):
+        return "square" if choice == "mse" else "absolute"
+    if final == "sigmoid":
+        return "binary"
+    return "soft" if axis is not None else "square"
 
 
 def final_activation(draft: Draft, output: str, rank: int) -> tuple[Final, int | None]:
@@ -258,7 +278,7 @@ def _teacher_feeds(term: Term, output: NDArray[Any]) -> tuple[Arrays, float]:
     if term.kind == "likeness":
         share = np.array([term.weight / len(z)], np.float32)
         return {key: likeness(z), key + ".weight": share}, 0.0
-    if term.kind == "square":
+    if term.kind in ("square", "absolute"):
         weight = term.weight * term.scale / z.size
         return {key: z, key + ".weight": np.array([weight], np.float32)}, 0.0
     if term.kind == "binary":
@@ -323,6 +343,9 @@ def loss_value(objective: Objective, outputs: Mapping[str, NDArray[Any]], feeds:
             z = likeness(z).astype(np.float64)
         if term.kind in ("square", "likeness"):
             total += float(feeds[key + ".weight"][0] * np.square(z - target.reshape(z.shape)).sum())
+        elif term.kind == "absolute":
+            gap = np.abs(z - target.reshape(z.shape)).sum()
+            total += float(feeds[key + ".weight"][0] * gap)
         elif term.kind == "binary":
             weight = float(feeds[key + ".weight"][0])
             low = np.log(np.maximum(1 - z, SMALLEST))
@@ -359,7 +382,11 @@ def _term_nodes(draft: Draft, b: Builder, term: Term) -> str:
         rank = 2
     z = term.output
     node = _producer(draft, z)
-    if node is not None and term.kind != "square" and term.final in ("softmax", "sigmoid"):
+    if (
+        node is not None
+        and term.kind in ("soft", "binary")
+        and term.final in ("softmax", "sigmoid")
+    ):
         z = node.input[0]
     target = _input(draft, key, None if rank is None else [None] * rank)
     if term.kind == "soft":
@@ -376,8 +403,11 @@ def _term_nodes(draft: Draft, b: Builder, term: Term) -> str:
     if term.kind == "likeness":
         z = _likeness_nodes(b, z)
     difference = b.op("Sub", z, target)
-    square = b.op("Mul", b.op("Mul", difference, difference), weight)
-    return b.op("ReduceSum", square, keepdims=0)
+    if term.kind == "absolute":
+        size = b.op("Abs", difference)
+    else:
+        size = b.op("Mul", difference, difference)
+    return b.op("ReduceSum", b.op("Mul", size, weight), keepdims=0)
 
 
 def _likeness_nodes(b: Builder, z: str) -> str:

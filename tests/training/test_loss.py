@@ -40,14 +40,25 @@ def divergence(teacher: Array, student: Array, t: float) -> float:
 
 
 def run(
-    body: str, x: Array, labels: Array | None, teacher: Array | None, inputs: str = LINEAR
+    body: str,
+    x: Array,
+    labels: Array | None,
+    teacher: Array | None,
+    inputs: str = LINEAR,
+    distillation: Any = "auto",
 ) -> tuple[float, Array, Objective]:
     """The loss by the training graph, the model's output, and the objective."""
     model = build(17, inputs, body)
     outputs = runtime.run(runtime.session(model, threads=1), {"x": x})
     graph = legalise(model)
     objective = plan_objective(
-        graph.draft, outputs, labels, has_teacher=teacher is not None, alpha=0.3, temperature=2.0
+        graph.draft,
+        outputs,
+        labels,
+        has_teacher=teacher is not None,
+        alpha=0.3,
+        temperature=2.0,
+        distillation=distillation,
     )
     feeds = objective.feeds(labels, {} if teacher is None else {"y": teacher})
     append_loss(graph.draft, objective)
@@ -165,3 +176,25 @@ def test_labels_that_fit_nothing() -> None:
 def test_nothing_to_learn_from() -> None:
     with pytest.raises(TrainingError, match="no labels and there is no teacher"):
         run("y = Gemm(x, w, b)", X, None, None)
+
+
+def test_a_comparison_may_be_picked_for_each_output() -> None:
+    x, teacher = rng.standard_normal((4, 5)), rng.standard_normal((4, 3))
+    x, teacher = x.astype(np.float32), teacher.astype(np.float32)
+    loss, out, objective = run("y = Gemm(x, w, b)", x, None, teacher, distillation={"y": "l1"})
+    assert loss == pytest.approx(np.abs(out - teacher).mean() / out.std(), rel=1e-4)
+    assert objective.terms[0].kind == "absolute"
+    loss, out, _ = run("y = Gemm(x, w, b)", x, None, teacher, distillation="mse")
+    assert loss == pytest.approx(np.square(out - teacher).mean() / out.var(), rel=1e-4)
+    with pytest.raises(TrainingError, match="nothing to learn from"):
+        run("y = Gemm(x, w, b)", x, None, teacher, distillation="none")
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [({"z": "l1"}, "no float output named 'z'; it has y"), ("bce", "bce needs a Sigmoid")],
+)
+def test_a_comparison_that_does_not_fit_is_told(choice: Any, message: str) -> None:
+    x = np.ones((4, 5), np.float32)
+    with pytest.raises(TrainingError, match=message):
+        run("y = Gemm(x, w, b)", x, None, np.ones((4, 3), np.float32), distillation=choice)
