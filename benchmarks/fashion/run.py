@@ -196,6 +196,7 @@ def _pruned(model: onnx.ModelProto, options: Options, outcome: Outcome) -> onnx.
         round_to=options.round_to,
         seed=options.seed,
         threads=options.threads,
+        repair="none",
     )
     costs = (result.report.before, result.report.after)
     outcome.params = [cost.params for cost in costs]
