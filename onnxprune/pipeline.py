@@ -19,6 +19,7 @@ from onnxprune.analysis import (
     inspection,
     planned_frozen,
 )
+from onnxprune.calibration.inputs import Calibration
 from onnxprune.cost import WEIGHT_TYPES
 from onnxprune.errors import (
     InvalidDataError,
@@ -53,7 +54,6 @@ from onnxprune.verify import (
 )
 
 if TYPE_CHECKING:
-    from onnxprune.calibration.inputs import Calibration
     from onnxprune.data import Dataset
     from onnxprune.passes.select import Ranking
 
@@ -170,13 +170,14 @@ def prune(
         feeds = _feeds(original, train, seed, threads, options.as_float32)
         analysis, first = without_dead(whole, lossless, feeds, options)
         calibration = calibrate(original, train, options)
-        options = replace(options, criterion=criterion or default_criterion(calibration))
+        seen = calibration if isinstance(calibration, Calibration) else None
+        options = replace(options, criterion=criterion or default_criterion(seen))
     with clock.stage("prune", listener):
         if budget.kind == "lossless":
             train, verified = None, first
         else:
             options = replace(options, budget=scaled(budget, whole, analysis))
-            verified = _prune_verified(analysis, options, feeds, calibration)
+            verified = _prune_verified(analysis, options, feeds, seen)
             verified = replace(verified, notes=(*first.notes, *verified.notes))
     plan = _plan(analysis, verified, replace(options, budget=budget))
     plan = replace(plan, model=fingerprint(original), lossless=analysis is not whole)

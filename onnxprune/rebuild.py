@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from onnxprune import runtime
 from onnxprune.analysis import Analysis
 from onnxprune.calibration.inputs import Calibration, limited
-from onnxprune.errors import OnnxPruneError
 from onnxprune.options import Options, Verified
 from onnxprune.progress import Progress
 from onnxprune.rewriting import Rewriter
@@ -35,12 +34,14 @@ Step = dict[str, Any]
 REPAIRS = ("reconstruct", "moments", "bn", "bias")
 #: Samples on which a repair is judged.
 JUDGED = 512
+#: Weights above which made-up inputs are used only where that is asked for.
+LARGE = 50_000_000
 
 
 def rebuild(
     analysis: Analysis,
     verified: Verified,
-    calibration: Calibration | None,
+    calibration: Calibration | str | None,
     train: Dataset | None,
     held_out: Dataset | None,
     options: Options,
@@ -50,7 +51,9 @@ def rebuild(
     original, model = analysis.model, verified.applied.model
     metrics = measure(model, held_out, original, options.threads)
     steps: list[Step] = []
-    if calibration is not None and not verified.keep.all():
+    if isinstance(calibration, str):
+        steps.append({"step": "pruned", "notes": [calibration], **metrics})
+    elif calibration is not None and not verified.keep.all():
         rewriter = Rewriter(analysis.coupling, verified.keep)
         try:
             stage = _Stage(original, rewriter, limited(calibration, analysis.coupling), options)
@@ -201,19 +204,24 @@ def _seconds_per_epoch(result: FinetuneResult) -> float:
 
 def calibrate(
     original: onnx.ModelProto, train: Dataset | None, options: Options
-) -> Calibration | None:
-    """What the repair will see; None where there is to be none, or nothing can be made up."""
+) -> Calibration | str | None:
+    """What the repair will see; None where none is asked for, words where there can be none."""
     from onnxprune.calibration.inputs import from_data, made_up
+    from onnxprune.cost import count_params
 
     if options.repair == "none" or options.budget.kind == "lossless":
         return None
     if train is not None:
         return from_data(train, seed=options.seed)
+    if options.repair == "auto" and count_params(original) > LARGE:
+        return (
+            f"not repaired: the model has more than {LARGE // 1_000_000} million weights and "
+            "there is no --data; --repair reconstruct does it with made-up inputs"
+        )
     try:
         return made_up(original, seed=options.seed, threads=options.threads)
-    except OnnxPruneError as failure:
-        _log.info("no inputs can be made up: %s", failure)
-        return None
+    except FAILURES as failure:
+        return f"not repaired: no inputs can be made up ({failure})"
 
 
 def measure(

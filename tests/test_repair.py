@@ -311,6 +311,17 @@ class TestPipeline:
         assert report.notes == ("repaired without data, with random inputs",)
         assert report.options["criterion"] == "l2"
 
+    def test_a_large_model_is_repaired_without_data_only_if_asked(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("onnxprune.rebuild.LARGE", 100)
+        report = prune(self.MODEL, channels=0.5, repair="auto").report
+        assert [s["step"] for s in report.rebuild] == ["pruned"]
+        assert "--repair reconstruct does it with made-up inputs" in report.notes[0]
+        assert report.options["criterion"] == "l2"
+        report = prune(self.MODEL, channels=0.5, repair="reconstruct").report
+        assert [s["step"] for s in report.rebuild] == ["pruned", "reconstruct"]
+
     def test_a_repair_that_does_not_help_is_dropped(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def worse(self: Any, model: onnx.ModelProto, *_: Any, **__: Any) -> Repaired:
             broken = onnx.ModelProto()

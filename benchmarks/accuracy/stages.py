@@ -57,7 +57,7 @@ def own(
         clock = _cpu_s()
 
     options: dict[str, Any] = {"macs": budget, "threads": threads, "seed": SEED}
-    pruned = onnxprune.prune(original, **options)
+    pruned = onnxprune.prune(original, repair="none", **options)
     share = pruned.report.after.macs / pruned.report.before.macs
     row("pruned", pruned.model)
     repaired = onnxprune.prune(original, data=unlabelled, **options).model

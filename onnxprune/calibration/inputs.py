@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,15 +68,20 @@ def made_up(model: onnx.ModelProto, *, seed: int = 0, threads: int | None = None
 def limited(
     calibration: Calibration, coupling: Coupling, budget_bytes: int = MEMORY_BYTES
 ) -> Calibration:
-    """As many of the batches as can be walked through within a memory budget, at least one."""
+    """As many of the batches as can be walked through within a memory budget.
+
+    At least one; of one that is too large by itself, as many rows as fit, if the model allows.
+    """
     batches = calibration.batches
     if not batches:
         return calibration
     each = max(peak_bytes(coupling, batches[0]), 1)
-    count = max(1, min(len(batches), int(budget_bytes // each)))
-    return Calibration(
-        batches[:count], calibration.source, calibration.is_real, calibration.is_typical
-    )
+    fitting = list(batches[: max(1, budget_bytes // each)])
+    rows = max(1, _rows(batches[0]) * budget_bytes // each)
+    free = not any(coupling.shapes.is_fixed(name, 0) for name, a in fitting[0].items() if a.ndim)
+    if each > budget_bytes and free:
+        fitting = [{name: a[:rows] for name, a in fitting[0].items()}]
+    return replace(calibration, batches=fitting)
 
 
 def peak_bytes(coupling: Coupling, feeds: Mapping[str, Array]) -> int:

@@ -32,7 +32,7 @@ Feeds = Mapping[str, Array]
 Inputs = Literal["pruned", "original"]
 #: Inputs of a site above which its second moments are not gathered: they take D^2 numbers.
 MAX_INPUTS = 8192
-_ROWS_PER_INPUT = 16
+_ROWS_PER_INPUT, _MOST_ROWS = 16, 32768
 
 
 @dataclass
@@ -54,7 +54,8 @@ class Repair:
         inputs: "pruned": a site sees what the repaired layers before it give (sequential);
             "original": the original's tensor at the kept channels (parallel: no site waits for
             another).
-        rows: rows of data for a site's moments, or 16 times its inputs where that is more.
+        rows: rows of data for a site's moments, or 16 times its inputs where that is more
+            (32,768 at most).
         sums: which moments the solver needs.
         may_grow: False adds no bias where none was: the number of weights stays.
     """
@@ -151,7 +152,7 @@ class Repair:
             weight.shape,
             cuts,
             feeds,
-            rows=max(self.rows, _ROWS_PER_INPUT * width),
+            rows=max(self.rows, min(_ROWS_PER_INPUT * width, _MOST_ROWS)),
             rng=self.rng,
             names=self.sums,
             threads=self.threads,
