@@ -301,3 +301,56 @@ def test_mistakes(words: onnx.ModelProto, options: dict[str, Any], words_: str) 
 def test_json_round_trip() -> None:
     for value in (Granularity(), parse("head-dim,expert"), parse("vocab,expert", KEEP, 9)):
         assert Granularity.from_json(json.loads(json.dumps(value.to_json()))) == value
+
+
+# -- a loop over experts, written out --------------------------------------------------------------
+
+
+def _unrolled(scatter: str) -> onnx.ModelProto:
+    """Each expert takes its tokens, computes, and adds its rows to the result."""
+    lines = ["g = MatMul(x, router)  best = ArgMax<axis=1, keepdims=0>(g)", "d = Shape(x)"]
+    lines += ["y0 = ConstantOfShape(d)"]
+    for e in range(3):
+        lines += [
+            f"m{e} = Equal(best, e{e})  z{e} = NonZero(m{e})  i{e} = Squeeze(z{e}, zero)",
+            f"t{e} = Gather(x, i{e})  a{e} = MatMul(t{e}, u{e})  r{e} = Relu(a{e})",
+            f"b{e} = MatMul(r{e}, v{e})",
+            scatter.format(e, e + 1),
+        ]
+    lines += ["y = MatMul(y3, w9)"]
+    weights = " ".join(f"u{e}:8,12 v{e}:12,8 e{e}={e}" for e in range(3))
+    model = build(TOKENS, "  ".join(lines), f"router:8,3 zero=0 one=1 w9:8,6 {weights}")
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("e"):
+            del tensor.dims[:]
+    return model
+
+
+@pytest.mark.parametrize(
+    "scatter",
+    [
+        'j{0} = Unsqueeze(i{0}, one)  y{1} = ScatterND<reduction="add">(y{0}, j{0}, b{0})',
+        "s{0} = Shape(b{0})  j{0} = Unsqueeze(i{0}, one)  k{0} = Expand(j{0}, s{0})"
+        '  y{1} = ScatterElements<axis=0, reduction="add">(y{0}, k{0}, b{0})',
+    ],
+    ids=["rows", "elements"],
+)
+def test_experts_in_a_loop_that_was_written_out_get_narrower(scatter: str) -> None:
+    result = prune(_unrolled(scatter), channels=0.5)
+    assert not result.report.notes
+    after = shapes(result.model)
+    for e in range(3):
+        assert (after[f"u{e}"], after[f"v{e}"][0]) == ((8, 6), 6)
+    assert after["router"] == (8, 3)
+
+
+def test_a_wrong_table_of_ids_is_caught(
+    words: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(mask: Any, unknown: int) -> Any:
+        return np.zeros(mask.size, np.int64)
+
+    monkeypatch.setattr("onnxprune.ops.indexing.remap", wrong)
+    result = prune(words, channels=1.0, granularity="vocab", vocab_keep=KEEP)
+    assert any("failed the check" in note for note in result.report.notes)
+    assert shapes(result.model)["table"] == (10, 6)
