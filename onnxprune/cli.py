@@ -333,9 +333,14 @@ def apply(
     from onnxprune.report.outputs import Outputs
 
     outputs = Outputs(target)
-    steps = _read_plan(plan)
+    of_recipe = commands.recipe_plan(plan)
     with _about(source):
-        model = pipeline.apply(source, steps)
+        if of_recipe is not None:
+            from onnxprune.recipe import replay
+
+            model = replay(source, of_recipe)
+        else:
+            model = pipeline.apply(source, _read_plan(plan))
     outputs.write(model)
     print(f"wrote {outputs.names}")
     return FINE

@@ -164,6 +164,42 @@ def prune_layers(
     return _written(result.model, target, metrics, max_drop)
 
 
+def run(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The steps to run.")],
+    source: ModelIn,
+    target: ModelOut,
+    data: Data = None,
+    val: Val = None,
+    plan: Annotated[
+        Path | None, typer.Option(metavar="P.json", help="Write what was done, to replay it.")
+    ] = None,
+    max_drop: MaxDrop = None,
+    quiet: Quiet = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> int:
+    """Run the steps of a recipe on a model."""
+    from dataclasses import replace
+
+    from onnxprune.recipe import Recipe, run_recipe
+    from onnxprune.report.console import stdout_console
+    from onnxprune.report.json import dumps
+    from onnxprune.report.progress import progress
+    from onnxprune.report.steps import show_recipe
+
+    asked = Recipe.load(recipe)
+    asked = replace(asked, data=data or asked.data, val=val or asked.val)
+    with progress(quiet) as listener:
+        result = run_recipe(source, asked, progress=listener)
+    metrics = _measured(result.original, result.model, asked.val or asked.data, asked.threads)
+    times = _latencies(result.original, result.model, asked.threads)
+    show_recipe(stdout_console(), result, metrics, times)
+    code = _written(result.model, target, metrics, max_drop)
+    if plan is not None:
+        plan.write_text(dumps(result.plan), encoding="utf-8")
+        print(f"wrote plan {plan}")
+    return code
+
+
 def _latencies(before: onnx.ModelProto, after: onnx.ModelProto, threads: int | None) -> list[float]:
     from onnxprune import runtime
 
@@ -222,7 +258,21 @@ def _written(
     return 0
 
 
+def recipe_plan(path: Path) -> Any:
+    """The plan of a recipe, or None where the file is none."""
+    import json
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    from onnxprune.recipe import is_recipe_plan
+
+    return value if is_recipe_plan(value) else None
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     app.command("prune-weights")(prune_weights)
     app.command("prune-layers")(prune_layers)
+    app.command("run")(run)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
+
 from onnxprune.coupling import Interpreter
 from onnxprune.graph import Node, captured_by
 from onnxprune.ops import (
@@ -52,6 +54,19 @@ _FAMILIES = (
     signal,
     spatial,
 )
+
+
+#: Modules of other packages that register rules: entry points of this group.
+ENTRY_POINTS = "onnxprune.rules"
+
+
+def load_others() -> None:
+    """Import the modules with rules that other packages name in their entry points."""
+    for point in entry_points(group=ENTRY_POINTS):
+        point.load()
+
+
+load_others()
 
 
 def interpret_node(state: Interpreter, node: Node) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from onnxprune.passes.prune_layers import LayersResult
     from onnxprune.passes.prune_weights import WeightsResult
+    from onnxprune.recipe import RecipeResult
 
 
 def _table(*columns: str) -> Table:
@@ -74,6 +75,27 @@ def show_layers(
     console.print(f"{len(result.dropped)} of {result.candidates} branches dropped", highlight=False)
     total = _table("", "before", "after")
     total.add_row("parameters", *(f"{count_params(m):,}" for m in (before, result.model)))
+    total.add_row("latency", *(f"{t:.3f} ms" for t in latencies_ms))
+    show_metrics(total, metrics)
+    console.print(total)
+
+
+def show_recipe(
+    console: Console,
+    result: RecipeResult,
+    metrics: Sequence[Mapping[str, float]],
+    latencies_ms: Sequence[float],
+) -> None:
+    """The steps that ran, and what they changed together."""
+    from onnxprune.cost import count_params
+    from onnxprune.passes.prune_weights import compressed_bytes
+
+    console.print("steps: " + ", ".join(step["step"] for step in result.plan["steps"]))
+    models = (result.original, result.model)
+    total = _table("", "before", "after")
+    total.add_row("parameters", *(f"{count_params(m):,}" for m in models))
+    total.add_row("file", *(f"{m.ByteSize():,} B" for m in models))
+    total.add_row("file, compressed by zlib", *(f"{compressed_bytes(m):,} B" for m in models))
     total.add_row("latency", *(f"{t:.3f} ms" for t in latencies_ms))
     show_metrics(total, metrics)
     console.print(total)

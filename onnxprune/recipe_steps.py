@@ -1,0 +1,242 @@
+"""What a recipe can be made of: each step takes a model to the next, and says what it did.
+
+A package adds a step by an entry point of the group "onnxprune.passes": the step's name, and a
+dataclass of its options whose instances are called with a model and a `Context` and return a model
+and a record (what it did, as JSON values).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import onnx
+
+from onnxprune.errors import InvalidRecipeError, VerificationError
+
+if TYPE_CHECKING:
+    from onnxprune.data import Dataset
+    from onnxprune.progress import Progress
+
+ENTRY_POINTS = "onnxprune.passes"
+Record = dict[str, Any]
+
+
+@dataclass
+class Context:
+    """What all steps of a run share. `original` is the model that the run began with."""
+
+    original: onnx.ModelProto
+    data: str | None
+    val: str | None
+    seed: int
+    threads: int | None
+    progress: Progress
+    opened: dict[str, Dataset] = field(default_factory=dict)
+
+    def dataset(self, step: str) -> Dataset:
+        """The data to calibrate and train with.
+
+        Raises:
+            InvalidRecipeError: the recipe names none.
+        """
+        if self.data is None:
+            raise InvalidRecipeError(f"step {step} needs data: give `data` in the recipe or --data")
+        return self._open(self.data)
+
+    def held_out(self) -> Dataset | None:
+        """The data to measure with."""
+        source = self.val or self.data
+        return None if source is None else self._open(source)
+
+    def _open(self, source: str) -> Dataset:
+        if source not in self.opened:
+            from onnxprune.data import open_data
+
+            self.opened[source] = open_data(source, self.original)
+        return self.opened[source]
+
+
+@dataclass(frozen=True)
+class LosslessStep:
+    """Remove what provably does not matter."""
+
+    def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
+        from onnxprune.passes.lossless import Lossless
+
+        batches = [] if context.data is None else context.dataset("lossless").batches(4)
+        feeds = [batch.feeds for _, batch in zip(range(1), batches, strict=False)]
+        found = Lossless(threads=context.threads)(model, feeds)
+        record = {"channels": found.channels, "layers": found.layers, "max_error": found.max_error}
+        return found.model, record
+
+
+@dataclass(frozen=True)
+class PruneStep:
+    """Remove channels; the options of `prune`."""
+
+    channels: float | None = None
+    macs: float | None = None
+    params: float | None = None
+    size_mb: float | None = None
+    scope: Literal["exact", "all"] = "all"
+    criterion: str | None = None
+    ranking: Literal["global", "isomorphic", "uniform"] | None = None
+    round_to: int = 1
+    min_keep: float = 0.1
+    keep: tuple[str, ...] = ()
+    repair: str = "auto"
+    finetune: int = 0
+
+    def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
+        from onnxprune import pipeline
+
+        options: dict[str, Any] = {k: getattr(self, k) for k in self.__dataclass_fields__}
+        result = pipeline.prune(
+            model,
+            **options,
+            data=context.data,
+            val=context.val,
+            lossless=False,
+            seed=context.seed,
+            threads=context.threads,
+            progress=context.progress,
+        )
+        check = result.report.checks[0] if result.report.checks else None
+        if check is not None and not check.passed:
+            raise VerificationError("; ".join(check.problems))
+        return result.model, {"plan": result.plan.to_json()}
+
+
+@dataclass(frozen=True)
+class LayersStep:
+    """Drop residual branches."""
+
+    layers: int = 1
+    replacement: Literal["none", "affine", "linear"] = "linear"
+    ranking: Literal["output", "cosine"] = "output"
+    samples: int = 1024
+
+    def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
+        from onnxprune.passes.prune_layers import PruneLayers
+
+        run = PruneLayers(
+            self.layers, self.replacement, self.ranking, self.samples, context.threads
+        )
+        found = run(model, context.dataset("prune-layers"), progress=context.progress)
+        return found.model, {"dropped": [asdict(row) for row in found.dropped]}
+
+
+@dataclass(frozen=True)
+class WeightsStep:
+    """Set single weights to zero."""
+
+    sparsity: float = 0.5
+    pattern: str = "unstructured"
+    method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
+    allocation: Literal["layer", "global"] = "global"
+    keep: tuple[str, ...] = ()
+    samples: int = 1024
+    damping: float = 0.1
+
+    def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
+        from onnxprune.passes.prune_weights import PruneWeights
+
+        options: dict[str, Any] = {k: getattr(self, k) for k in self.__dataclass_fields__}
+        run = PruneWeights(**options, seed=context.seed, threads=context.threads)
+        blind = self.method == "magnitude" and context.data is None
+        data = None if blind else context.dataset("prune-weights")
+        found = run(model, data, progress=context.progress)
+        return found.model, {"layers": [asdict(row) for row in found.layers]}
+
+
+@dataclass(frozen=True)
+class BatchNormStep:
+    """Measure the statistics of BatchNormalization anew."""
+
+    samples: int = 1024
+    batch_size: int = 64
+
+    def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
+        from onnxprune.passes.reestimate_batchnorm import ReestimateBatchNorm
+
+        run = ReestimateBatchNorm(self.samples, self.batch_size, context.threads)
+        data = context.dataset("reestimate-batchnorm")
+        return run(model, data, progress=context.progress), {}
+
+
+@dataclass(frozen=True)
+class FinetuneStep:
+    """Train with the original as the teacher; `masked` keeps zeros at zero."""
+
+    epochs: int = 1
+    lr: float | None = None
+    weight_decay: float = 1e-4
+    batch_size: int = 64
+    alpha: float = 0.9
+    temperature: float = 4.0
+    masked: bool = False
+
+    def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
+        from onnxprune.passes.finetune import Finetune
+
+        options: dict[str, Any] = {k: getattr(self, k) for k in self.__dataclass_fields__}
+        run = Finetune(**options, seed=context.seed, threads=context.threads)
+        found = run(
+            model,
+            teacher=context.original,
+            data=context.dataset("finetune"),
+            val=context.held_out(),
+            progress=context.progress,
+        )
+        return found.model, {"best_epoch": found.best_epoch}
+
+
+@dataclass(frozen=True)
+class SimplifyStep:
+    """Fold BatchNormalization and constants, merge and drop layers, by onnxslim."""
+
+    def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
+        from onnxprune.passes.lossless import compare
+        from onnxprune.verify import structure_problems
+
+        try:
+            import onnxslim
+        except ImportError as error:
+            raise InvalidRecipeError(
+                "step simplify needs onnxslim: pip install 'onnxprune[simplify]'"
+            ) from error
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        slim = onnxslim.slim(copy)
+        error_, tolerance = compare(model, slim, threads=context.threads)
+        problems = structure_problems(slim, model)
+        if problems or not error_ <= tolerance:
+            raise VerificationError(
+                f"simplify: onnxslim's result is not the same model: error {error_:.3g}"
+                f"{''.join(f'; {p}' for p in problems)}; leave the step out"
+            )
+        counts = {"nodes_before": len(model.graph.node), "nodes_after": len(slim.graph.node)}
+        return slim, {**counts, "max_error": error_}
+
+
+BUILT_IN: Mapping[str, Callable[..., Any]] = {
+    "lossless": LosslessStep,
+    "prune": PruneStep,
+    "prune-layers": LayersStep,
+    "prune-weights": WeightsStep,
+    "reestimate-batchnorm": BatchNormStep,
+    "finetune": FinetuneStep,
+    "simplify": SimplifyStep,
+}
+
+
+def step_types() -> dict[str, Callable[..., Any]]:
+    """All steps by name, those of other packages included; a built-in name cannot be taken."""
+    from importlib.metadata import entry_points
+
+    found: dict[str, Callable[..., Any]] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        found[point.name] = point.load()
+    return {**found, **BUILT_IN}
