@@ -51,6 +51,8 @@ class Finetune:
         alpha: the teacher's share of the loss where there are labels too.
         distillation: how outputs are compared with the teacher's: "kl", "bce", "mse", "l1", "none";
             one for all, or by output name; "auto": by the last node and the shape.
+        loss: a small ONNX model that computes the loss of a batch, instead of the above. Its inputs
+            are called like outputs or inputs of the model, "labels", or "teacher." and an output.
         clip: limit of the gradient's norm; 0 is none.
         threads: of the training worker; None: all cores.
         patience: epochs without a better validation result before the training ends; None: never.
@@ -81,6 +83,7 @@ class Finetune:
     temperature: float = 2.0
     alpha: float = 0.5
     distillation: Distillation = "auto"
+    loss: onnx.ModelProto | Path | None = None
     clip: float = 5.0
     batch_size: int = 64
     seed: int = 0

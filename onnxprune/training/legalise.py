@@ -9,7 +9,7 @@ values go back into it by name.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ from onnxprune.training.fold import fold_constants
 from onnxprune.training.functions import expand_function
 from onnxprune.training.parameters import (
     Parameter,
+    Parameters,
     constant_tensor,
     constant_value,
     find_parameters,
@@ -77,6 +78,7 @@ def legalise(
     *,
     sizes: Mapping[str, Sequence[int]] | None = None,
     momentum: float | None = None,
+    only: Collection[str] | None = None,
 ) -> TrainingGraph:
     """Make the training copy of a model.
 
@@ -85,6 +87,7 @@ def legalise(
         sizes: shapes of inputs; all their axes but the first become fixed.
         momentum: of BatchNormalization's running statistics, which then normalizes by the
             statistics of the batch; None: it acts as in inference.
+        only: the weights that may be trained; None: all that are found.
 
     Raises:
         TrainingError: the model is quantised, cannot be brought to opset 21, or nothing in it can
@@ -92,6 +95,8 @@ def legalise(
     """
     _refuse_quantised(model)
     found = find_parameters(_inlined(model).graph)
+    if only is not None:
+        found = Parameters({n: p for n, p in found.trainable.items() if n in only}, found.frozen)
     if not found.trainable:
         raise TrainingError(
             "nothing to train: the model has no float weights (only float models can be fine-tuned)"

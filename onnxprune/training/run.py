@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune import runtime
+from onnxprune import io, runtime
 from onnxprune.data import Batch, Dataset
 from onnxprune.errors import InvalidDataError, TrainingError
 from onnxprune.progress import Progress
@@ -26,6 +26,13 @@ from onnxprune.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from onnxprune.training.custom import (
+    CustomObjective,
+    custom_objective,
+    custom_value,
+    finish,
+    joined,
+)
 from onnxprune.training.features import chosen, kinds, with_outputs
 from onnxprune.training.legalise import TrainingGraph, legalise
 from onnxprune.training.loss import (
@@ -35,7 +42,7 @@ from onnxprune.training.loss import (
     loss_value,
     plan_objective,
 )
-from onnxprune.training.parameters import write_back
+from onnxprune.training.parameters import find_parameters, write_back
 from onnxprune.training.schedule import rate_at
 from onnxprune.training.teacher import Teacher
 
@@ -104,14 +111,15 @@ class Run:
         rows = _rows(first)
         self.parts = max(1, options.batch_size // rows)
         self.steps_per_epoch = _count_steps(data, options.batch_size, rows, self.parts)
+        self.custom = self._custom_loss()
         self.features = self._choose_features()
         self.exposed = with_outputs(student, self.features)
-        self.graph = _differentiable(self.exposed, first)
-        self.objective = self._plan(first)
+        self.graph = self._differentiable(first)
+        self.objective = self.custom or self._plan(first)
         self.teacher = self._make_teacher()
         classes = [t.classes for t in self.objective.terms if t.key == "label" and t.classes]
         self.augment = augmentation(options.augment, classes[0] if classes else None)
-        append_loss(self.graph.draft, self.objective)
+        self._append_loss()
         self.trainer = self._make_trainer(worker)
         self._check(first)
         if options.batchnorm == "batch":
@@ -123,9 +131,31 @@ class Run:
         self.done_steps = 0
         self.training_s = 0.0
 
+    def _custom_loss(self) -> CustomObjective | None:
+        """The user's loss, where there is one."""
+        if self.options.loss is None:
+            return None
+        model = io.load(self.options.loss)
+        return custom_objective(model, self.student, has_teacher=self.teacher_model is not None)
+
+    def _differentiable(self, first: Batch, *, momentum: float | None = None) -> TrainingGraph:
+        """The training copy of the student, with the user's loss behind it if there is one."""
+        if self.custom is None:
+            return _differentiable(self.exposed, first, momentum=momentum)
+        own = set(find_parameters(self.student.graph).trainable)
+        return _differentiable(
+            joined(self.student, self.custom), first, momentum=momentum, only=own
+        )
+
+    def _append_loss(self) -> None:
+        if self.custom is None:
+            append_loss(self.graph.draft, self.objective)
+        else:
+            finish(self.graph.draft)
+
     def _choose_features(self) -> list[str]:
         """The inner tensors to compare, of which there are none without a teacher."""
-        if self.teacher_model is None or not self.options.feature_weight:
+        if self.teacher_model is None or not self.options.feature_weight or self.custom:
             return []
         return chosen(self.options.features, self.student, self.teacher_model)
 
@@ -185,13 +215,17 @@ class Run:
         batch = _head(first, CHECK_SAMPLES) if self.parts == 1 else first
         feeds = self._feeds(batch, 1)
         session = runtime.session(self.exposed, threads=self.threads)
-        expected = loss_value(self.objective, runtime.run(session, batch.feeds), feeds)
+        outputs = runtime.run(session, batch.feeds)
+        if self.custom is None:
+            expected = loss_value(self.objective, outputs, feeds)
+        else:
+            expected = custom_value(self.custom, {**batch.feeds, **outputs}, feeds)
         self._note(self.trainer.check(feeds, expected, seed=self.options.seed))
 
     def _use_batch_statistics(self, first: Batch, worker: Gradients) -> None:
         """Train another form of the graph than the one that has been compared with inference."""
-        self.graph = _differentiable(self.exposed, first, momentum=self.options.bn_momentum)
-        append_loss(self.graph.draft, self.objective)
+        self.graph = self._differentiable(first, momentum=self.options.bn_momentum)
+        self._append_loss()
         self.trainer = self._make_trainer(worker)
         self._note(self.trainer.check(self._feeds(first, 1), None, seed=self.options.seed))
 
@@ -358,14 +392,18 @@ class Run:
 
 
 def _differentiable(
-    student: onnx.ModelProto, first: Batch, *, momentum: float | None = None
+    student: onnx.ModelProto,
+    first: Batch,
+    *,
+    momentum: float | None = None,
+    only: Collection[str] | None = None,
 ) -> TrainingGraph:
     """The training copy, with the sizes of the data fixed where that lets more weights train."""
-    graph = legalise(student, momentum=momentum)
+    graph = legalise(student, momentum=momentum, only=only)
     if not any("not fixed" in reason for reason in graph.frozen.values()):
         return graph
     sizes = {name: array.shape for name, array in first.feeds.items()}
-    fixed = legalise(student, sizes=sizes, momentum=momentum)
+    fixed = legalise(student, sizes=sizes, momentum=momentum, only=only)
     return fixed if len(fixed.frozen) < len(graph.frozen) else graph
 
 
