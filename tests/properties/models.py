@@ -17,7 +17,7 @@ from tests.properties.writer import SIDE, Kind, Value, Writer
 from tests.quantized import weights as quantized_weights
 
 FAMILIES = (elementwise, quantized, rare, sequences, spatial, structure)
-OPSETS = (13, 18, 21, 24, 26)
+OPSETS = (12, 13, 18, 21, 24, 26)
 INPUTS: tuple[Kind, ...] = ("image", "tokens", "flat")
 CHANNELS = 3
 VOCABULARY = 7

@@ -34,7 +34,7 @@ def dequantized_weight(g: Writer) -> None:
     width = g.width()
     out = 0 if x.kind == "image" else 1
     dims = (width, x.channels, 1, 1) if x.kind == "image" else (x.channels, width)
-    per = (width,) if g.flip() else ()
+    per = (width,) if g.opset >= 13 and g.flip() else ()
     axis = f"<axis={out}>" if per else ""
     zero = f", {_weight(g, 'i8', *per)}" if g.flip() else ""
     w = f"DequantizeLinear{axis}({_weight(g, 'i8', *dims)}, {_weight(g, 'f', *per)}{zero})"

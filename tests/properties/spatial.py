@@ -86,7 +86,7 @@ def unpool(g: Writer) -> None:
 def down_and_up(g: Writer) -> None:
     """Half the size and back, by sizes or scales."""
     x = g.pick("image")
-    if x is None:
+    if x is None or g.opset < 13:
         return
     small = f"MaxPool<kernel_shape=[2,2], strides=[2,2]>({x})"
     if g.flip():
@@ -109,7 +109,7 @@ def depth_and_space(g: Writer) -> None:
         wide = f'DepthToSpace<blocksize=2, mode="{mode}">({x})'
         pooled = f"AveragePool<kernel_shape=[2,2], strides=[2,2]>({wide})"
         g.put("image", x.channels // 4, pooled)
-    elif x.channels <= 6:
+    elif x.channels <= 6 and g.opset >= 13:
         deep = f"SpaceToDepth<blocksize=2>({x})"
         scales = "Constant<value_floats=[1.0, 1.0, 2.0, 2.0]>()"
         g.put("image", x.channels * 4, f"Resize({deep}, , {scales})")

@@ -129,9 +129,19 @@ class Writer:
         """
         op, arguments = _parse(expression.strip())
         inputs = [a if "(" not in a else self.emit(a)[0] for a in arguments]
+        op, inputs = self._as_attribute(op, inputs)
         names = [self.name("v") for _ in range(outputs)]
         self.lines.append(f"{', '.join(names)} = {op}({', '.join(inputs)}){last}")
         return names
+
+    def _as_attribute(self, op: str, inputs: list[str]) -> tuple[str, list[str]]:
+        """Before operator set 13, axes and sizes that later became inputs."""
+        name, _, rest = op.partition("<")
+        attribute = {"Squeeze": "axes", "Unsqueeze": "axes", "Split": "split"}.get(name)
+        if self.opset >= 13 or attribute is None or len(inputs) < 2:
+            return op, inputs
+        values = next(w for w in self.weights if w.startswith(f"{inputs[1]}=")).partition("=")[2]
+        return f"{name}<{attribute}=[{values}]{', ' + rest if rest else '>'}", inputs[:1]
 
     def put(self, kind: Kind, channels: int, expression: str) -> Value:
         """A live value made by an expression."""
