@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from onnxprune import apply, verify
+from onnxprune.analysis import analyse
+from onnxprune.passes.apply import apply_keep
 from onnxprune.pipeline import inspect
 from tests.graphs import build, outputs, prune, prune_half, shapes
 from tests.quantized import weights
@@ -116,3 +119,50 @@ def test_the_pipeline_prunes_checks_and_replays(name: str) -> None:
 def test_the_tolerance_is_wider_where_activations_are_rounded(name: str, tolerance: float) -> None:
     model = model_of(next(row for row in ROWS if row.name == name))
     assert verify.default_tolerance(model) == tolerance
+
+
+@pytest.mark.parametrize("opset", [10, 13, 17, 19, 21, 23, 24])
+def test_every_operator_set_that_quantizes(opset: int) -> None:
+    axis = "<axis=0>" if opset >= 13 else ""
+    model = build(
+        "(float[N,3,8,8] x) => (float[N,4,6,6] y)",
+        f"""q = QuantizeLinear(x, sa, za)  d = DequantizeLinear(q, sa, za)
+        w1 = DequantizeLinear{axis}(w1_q, sw, zw)  c = Conv(d, w1)  r = Relu(c)
+        p = QuantizeLinear(r, sa, za)  e = DequantizeLinear(p, sa, za)
+        w2 = DequantizeLinear(w2_q, sa)  y = Conv(e, w2)""",
+        opset=opset,
+        ir=10,
+    )
+    per_channel = "sw:f:8 zw:i8:8" if opset >= 13 else "sw:f: zw:i8:"
+    model.graph.initializer.extend(
+        weights(f"w1_q:i8:8,3,3,3 {per_channel} w2_q:u8:4,8,1,1 sa:f: za:u8:")
+    )
+    pruned = prune_half(model, "exact")
+    assert pruned.error <= 1e-6
+    assert pruned.effect > 1e-2
+    assert shapes(pruned.model)["w1_q"] == (4, 3, 3, 3)
+    assert shapes(pruned.model)["w2_q"] == (4, 4, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["INT2", "UINT2", "FLOAT4E2M1", "FLOAT8E5M2FNUZ", "INT16"])
+def test_types_that_the_runtime_lacks_are_sliced_alike(kind: str) -> None:
+    dtype = helper.tensor_dtype_to_np_dtype(getattr(onnx.TensorProto, kind))
+    stored = np.random.default_rng(0).integers(0, 2, (8, 6)).astype(dtype)
+    model = build(
+        "(float[N,6] x) => (float[N,4] y)",
+        """w1 = DequantizeLinear<axis=0>(w1_q, s)  a = Gemm<transB=1>(x, w1)
+        y = MatMul(a, w2)""",
+        "w2:8,4",
+        opset=24,
+        ir=12,
+    )
+    model.graph.initializer.append(numpy_helper.from_array(stored, "w1_q"))
+    model.graph.initializer.extend(weights("s:f:8"))
+    analysis = analyse(model)
+    keep = analysis.everything.copy()
+    (group,) = analysis.groups
+    keep[group.units[::2]] = False
+    tensors = {t.name: t for t in apply_keep(analysis.coupling, keep).model.graph.initializer}
+    assert tensors["w1_q"].data_type == getattr(onnx.TensorProto, kind)
+    np.testing.assert_array_equal(numpy_helper.to_array(tensors["w1_q"]), stored[1::2])
+    assert list(tensors["s"].dims) == [4]
