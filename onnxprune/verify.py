@@ -18,7 +18,7 @@ from onnxprune.coupling import Coupling
 from onnxprune.errors import OnnxPruneError, VerificationError
 from onnxprune.float32 import float32_copy, uses_halves
 from onnxprune.groups import Group, Units
-from onnxprune.probes import are_telling, probes, with_outputs
+from onnxprune.probes import are_telling, follow_inputs, probes, with_outputs
 from onnxprune.rewriting import Mask
 from onnxprune.twin import masked_twin
 
@@ -180,15 +180,30 @@ def _apart(
 ) -> float:
     """How far the outputs of two models are apart; inner values where outputs tell nothing."""
     ours, theirs = (_outputs(model, feeds, way) for model in models)
-    if not any(map(are_telling, theirs)):
-        names = probes(coupling, keep, models[0])
+    if not _tell(theirs, feeds):
+        inner = probes(coupling, keep, models[0])
+        names = [probe.name for probe in inner]
         ours, theirs = (_outputs(with_outputs(m, coupling, names), feeds, way) for m in models)
+        count = len(theirs[0]) - len(inner)
+        theirs = [
+            [*x[:count], *(p.kept(v) for p, v in zip(inner, x[count:], strict=True))]
+            for x in theirs
+        ]
         if not any(are_telling(outputs, integers=True) for outputs in theirs):
             raise VerificationError(
                 "the model computes no finite numbers on random inputs, so nothing can be "
                 "compared; give real ones with --data"
             )
     return max((difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+
+
+def _tell(outputs: Sequence[list[Any]], feeds: Sequence[Feeds]) -> bool:
+    """Whether the outputs hold numbers, and others for other inputs."""
+    samples = [{np.shape(v)[0] for v in feed.values() if np.ndim(v)} for feed in feeds]
+    return any(map(are_telling, outputs)) and any(
+        follow_inputs(found, counts.pop() if len(counts) == 1 else 0)
+        for found, counts in zip(outputs, samples, strict=True)
+    )
 
 
 def _seeded(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -9,7 +9,7 @@ from onnxprune import runtime, verify
 from onnxprune.analysis import analyse
 from onnxprune.errors import VerificationError
 from onnxprune.passes.apply import apply_keep
-from onnxprune.probes import are_telling
+from onnxprune.probes import are_telling, follow_inputs
 from tests.graphs import build, prune_half
 
 INTEGERS = """a = MatMul(x, w1)  b = Relu(a)  c = MatMul(b, w2)  d = Sub(c, far)
@@ -66,3 +66,36 @@ def test_a_model_without_a_finite_number_cannot_be_compared() -> None:
     feeds = runtime.working_feeds(model)
     with pytest.raises(VerificationError, match="no finite numbers on random inputs"):
         verify.twin_error(analysis.coupling, keep, pruned, feeds)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "follow"),
+    [
+        ([np.float32([[1, 2], [1, 2]])], False),
+        ([np.float32([[1, 2], [1, 2.5]])], True),
+        ([np.float32([[480, 2], [480, 2.00001]])], False),
+        ([np.float32([[1, 2], [1, 2]]), np.float32([[0], [1]])], True),
+        ([np.float32([[1, 2], [1, 2]]), np.float32([3.0, 4.0, 5.0])], True),
+        ([np.arange(2)], True),
+    ],
+    ids=["equal", "different", "rounding", "another-output", "without-a-batch", "integers"],
+)
+def test_what_depends_on_the_input(outputs: list[object], follow: bool) -> None:
+    assert follow_inputs(outputs, 2) is follow
+    assert follow_inputs(outputs, 1)
+
+
+def test_wrong_weights_show_where_the_signal_fades_before_the_outputs() -> None:
+    model = build(
+        "(float[N,6] x) => (float[N,4] y)",
+        """a = MatMul(x, w1)  r = Relu(a)  b = MatMul(r, w2)  h = Sigmoid(b)  c = Mul(h, tiny)
+        d = MatMul(c, w3)  y = Add(d, far)""",
+        "w1:6,8 w2:8,8 tiny: w3:8,4 far:4",
+    )
+    tiny = next(t for t in model.graph.initializer if t.name == "tiny")
+    tiny.raw_data = np.float32(1e-9).tobytes()
+    result = prune_half(model)
+    assert result.error <= 1e-6
+    coupling, feeds = result.analysis.coupling, runtime.working_feeds(model)
+    next(t for t in result.model.graph.initializer if t.name == "w2").raw_data = bytes(4 * 4 * 4)
+    assert verify.twin_error(coupling, result.keep, result.model, feeds) > 0.1
