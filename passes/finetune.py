@@ -52,7 +52,7 @@ class Finetune:
         distillation: how outputs are compared with the teacher's: "kl", "bce", "mse", "l1", "none";
             one for all, or by output name; "auto": by the last node and the shape.
         loss: a small ONNX model that computes the loss of a batch, instead of the above. Its inputs
-            are called like outputs or inputs of the model, "labels", or "teacher." and an output.
+            are called like outputs or inputs of the model, "labels", or "teacher_" and an output.
         clip: limit of the gradient's norm; 0 is none.
         threads: of the training worker; None: all cores.
         patience: epochs without a better validation result before the training ends; None: never.

@@ -1,6 +1,6 @@
 """A loss that the user gives as a small ONNX model.
 
-Its inputs are called like what they take: an output or input of the student, "teacher." and the
+Its inputs are called like what they take: an output or input of the student, "teacher_" and the
 name of an output, or "labels". Its only output is one number, the loss of a batch (a mean over the
 samples, so that parts of a batch add up by their share).
 """
@@ -20,7 +20,7 @@ from onnxprune.errors import TrainingError
 from onnxprune.training.draft import Draft
 from onnxprune.training.loss import Arrays, Objective, Term
 
-TEACHER, LABELS, SHARE = "teacher.", "labels", "onnxprune.share"
+TEACHER, LABELS, SHARE = "teacher_", "labels", "onnxprune.share"
 PREFIX = "onnxprune.loss."
 
 
@@ -59,11 +59,13 @@ def custom_objective(
     terms, labels = [], False
     for info in model.graph.input:
         name = info.name.removeprefix(TEACHER)
+        if info.name in known:
+            continue
         if info.name != name and has_teacher:
             terms.append(Term(info.name, name, "square", "none", 0, 1.0, 1.0, True))
-        elif info.name == LABELS and LABELS not in known:
+        elif info.name == LABELS:
             labels = True
-        elif info.name not in known:
+        else:
             raise TrainingError(
                 f"the loss reads {info.name!r}, which is no output or input of the model, nor "
                 f"'labels', nor {TEACHER!r} and an output's name with a teacher given"
@@ -76,7 +78,7 @@ def custom_objective(
 def joined(student: onnx.ModelProto, objective: CustomObjective) -> onnx.ModelProto:
     """The student with the loss behind it, whose output is the only one."""
     assert objective.model is not None
-    loss = _at_opset(objective.model, student)
+    loss, student = _same_opset(objective.model, student)
     names = {v.name for v in [*student.graph.output, *student.graph.input]}
     fed = {i.name for i in loss.graph.input}
     loss = compose.add_prefix(loss, PREFIX)
@@ -94,21 +96,23 @@ def joined(student: onnx.ModelProto, objective: CustomObjective) -> onnx.ModelPr
     return result
 
 
-def _at_opset(model: onnx.ModelProto, student: onnx.ModelProto) -> onnx.ModelProto:
-    """The loss in the student's version of the standard operators."""
-    own, wanted = (
-        next((i.version for i in m.opset_import if i.domain in ("", "ai.onnx")), 1)
-        for m in (model, student)
-    )
-    if own == wanted:
-        return model
+def _same_opset(a: onnx.ModelProto, b: onnx.ModelProto) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """Both in the newer one's version of the standard operators."""
+    versions = [
+        next((i.version for i in m.opset_import if i.domain in ("", "ai.onnx")), 1) for m in (a, b)
+    ]
+    newest = max(versions)
     try:
-        return version_converter.convert_version(model, wanted)
+        first, second = (
+            m if own == newest else version_converter.convert_version(m, newest)
+            for m, own in zip((a, b), versions, strict=True)
+        )
     except Exception as error:  # the converter's own errors have no common type
         raise TrainingError(
-            f"the loss is of opset {own}, the model of {wanted}, and it cannot be converted: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"the loss is of opset {versions[0]}, the model of {versions[1]}, and they cannot be "
+            f"brought together: {str(error).strip().splitlines()[0]}"
         ) from error
+    return first, second
 
 
 def finish(draft: Draft) -> None:

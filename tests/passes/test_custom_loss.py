@@ -20,7 +20,7 @@ CROSS_ENTROPY = """
     small = Constant<value_float = 1e-9>() guarded = Add(y, small) logs = Log(guarded)
     loss = NegativeLogLikelihoodLoss(logs, labels)"""
 DISTANCE = """
-    gap = Sub(y, teacher.y) size = Abs(gap) weighed = Mul(size, factor)
+    gap = Sub(y, teacher_y) size = Abs(gap) weighed = Mul(size, factor)
     loss = ReduceMean<keepdims=0>(weighed)"""
 TUNE = dataclasses.replace(QUICK, lr=1e-2)
 
@@ -56,7 +56,7 @@ def test_it_is_the_loss_of_the_given_name(tmp_path: Path) -> None:
 
 def test_distance_from_the_teacher_trains_no_constant_of_the_loss() -> None:
     teacher = TUNE(STUDENT, data=TRAIN).model
-    own = loss("float[N,10] y, float[N,10] teacher.y", DISTANCE)
+    own = loss("float[N,10] y, float[N,10] teacher_y", DISTANCE)
     result = dataclasses.replace(TUNE, loss=own)(STUDENT, teacher=teacher, data=UNLABELLED)
     assert result.trained == ("b1", "b2", "w1", "w2")
     assert weights(result.model).keys() == weights(STUDENT).keys()
@@ -71,7 +71,7 @@ def test_distance_from_the_teacher_trains_no_constant_of_the_loss() -> None:
     ("inputs", "body", "message"),
     [
         ("float[N,10] z", "loss = ReduceMean<keepdims=0>(z)", "the loss reads 'z', which is no"),
-        ("float[N,10] y, float[N,10] teacher.y", DISTANCE, r"reads 'teacher\.y'"),
+        ("float[N,10] y, float[N,10] teacher_y", DISTANCE, r"reads 'teacher_y'"),
         ("float[N,10] y, int64[N] labels", CROSS_ENTROPY, "reads labels, and the data has none"),
     ],
 )
