@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from onnxprune.granularity import HEADS, Granularity
 from onnxprune.graph import Body, Constant, Graph, Node
-from onnxprune.labels import Block, Factor, Labels, Layout, Solution, System
+from onnxprune.labels import Block, Factor, Labels, Layout, Solution, System, compress
 from onnxprune.shapes import Dims, Shapes
 
 Array = NDArray[Any]
@@ -380,11 +380,13 @@ class Interpreter:
         """Separate labels for each axis of a jointly labelled block, related to it by a factor."""
         known = self.settled.get(id(block))
         if known is None:
-            factors = self._factors_of(block.labels)
+            labels, lengths = compress(block.labels)
+            factors = self._factors_of(labels)
             if factors is None:
-                factors = [self.system.fresh(n) for n in block.labels.shape]
-                self.factor(node, block.labels, factors)
-            known = (block, dict(zip(block.axes, factors, strict=True)))
+                factors = [self.system.fresh(n) for n in labels.shape]
+                self.factor(node, labels, factors)
+            spread = (np.repeat(f, n) for f, n in zip(factors, lengths, strict=True))
+            known = (block, dict(zip(block.axes, spread, strict=True)))
             self.settled[id(block)] = known
         return known[1]
 

@@ -333,6 +333,29 @@ def _choose(
     return max(range(len(scores)), key=lambda i: (scores[i], -i)), len(able)
 
 
+def compress(labels: Labels) -> tuple[Labels, list[Array]]:
+    """The labels without what repeats its neighbour, and the length of each run along each axis.
+
+    A feature map that was flattened repeats a channel's label for every pixel; what is decided
+    about one of them is decided about all.
+    """
+    lengths = []
+    for axis in range(labels.ndim):
+        differs = np.diff(labels, axis=axis) != 0
+        differs = differs.any(axis=tuple(i for i in range(labels.ndim) if i != axis))
+        starts = np.concatenate([[0], np.flatnonzero(differs) + 1])
+        lengths.append(np.diff([*starts, labels.shape[axis]]))
+        labels = np.take(labels, starts, axis=axis)
+    return labels, lengths
+
+
+def repeat(labels: Labels, lengths: Sequence[Array]) -> Labels:
+    """What `compress` left out, put back."""
+    for axis, length in enumerate(lengths):
+        labels = np.repeat(labels, length, axis=axis)
+    return labels
+
+
 def varying_axes(labels: Labels) -> tuple[int, ...]:
     """The axes along which `labels` differs."""
     vary = []

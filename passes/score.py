@@ -70,6 +70,8 @@ def _slice_sums(member: Member, size: np.ufunc) -> Scores:
     It is read in the order in which it lies in memory, and copied in blocks only.
     """
     array = member.array
+    if not array.size:
+        return np.zeros(array.shape[0])
     order = sorted(range(array.ndim), key=lambda axis: (-abs(array.strides[axis]), axis))
     n, before = array.shape[0], math.prod(array.shape[a] for a in order[: order.index(0)])
     rows = array.transpose(order).reshape(before, n, -1)

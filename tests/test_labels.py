@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from onnxprune.labels import Factor, System, reduce_to_varying, runs, varying_axes
+from onnxprune.labels import (
+    Factor,
+    System,
+    compress,
+    reduce_to_varying,
+    repeat,
+    runs,
+    varying_axes,
+)
+from tests.graphs import TOLERANCE, build, prune_half, shapes
 
 
 @pytest.mark.parametrize(
@@ -76,3 +87,33 @@ def test_varying_axes() -> None:
     assert block.axes == (6,)
     assert block.labels.tolist() == [1, 2, 3]
     assert reduce_to_varying(np.ones((2, 2), np.int32), (0, 1)) is None
+
+
+def test_a_flattened_feature_map_needs_few_labels() -> None:
+    """GroupNormalization as exporters write it, over 64x64 pixels: no label for each pixel."""
+    model = build(
+        "(float[1,3,64,64] x) => (float[1,4,64,64] y)",
+        """a = Conv(x, w1)  g = Reshape(a, groups)  n = InstanceNormalization(g, scale, shift)
+        s = Shape(a)  b = Reshape(n, s)  h = Mul(b, k)  y = Conv(h, w2)""",
+        "w1:8,3,1,1 groups=1,2,-1 scale:2 shift:2 k:8,1,1 w2:4,8,1,1",
+    )
+    result = prune_half(model)
+    assert result.analysis.coupling.system.size < 500
+    assert shapes(result.model)["w1"][0] == 4
+    assert result.error <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("labels", "small"),
+    [
+        ([3, 3, 3, 4, 4, 5], [3, 4, 5]),
+        ([7], [7]),
+        ([[1, 1, 2], [1, 1, 2], [3, 3, 4]], [[1, 2], [3, 4]]),
+        ([[1, 2], [2, 1]], [[1, 2], [2, 1]]),
+    ],
+)
+def test_compress_and_repeat(labels: list[Any], small: list[Any]) -> None:
+    array = np.array(labels, np.int32)
+    compressed, lengths = compress(array)
+    assert compressed.tolist() == small
+    np.testing.assert_array_equal(repeat(compressed, lengths), array)

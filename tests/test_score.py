@@ -196,3 +196,9 @@ def test_a_mask_of_huge_numbers_says_nothing_about_heads() -> None:
     scores = score(analyse(model).coupling)
     assert np.isfinite(scores[1:]).all()
     assert np.unique(scores[1:]).size == np.unique(without[1:]).size == 4
+
+
+@pytest.mark.parametrize("name", ["l2", "l1", "lamp"])
+def test_a_weight_without_elements_has_no_importance(name: str) -> None:
+    member = Member(np.zeros((3, 0), np.float32), "w", "makes", None, np.random.default_rng(0))  # type: ignore[arg-type]
+    assert criteria()[name](member).tolist() == [0, 0, 0]  # type: ignore[union-attr]

@@ -8,7 +8,15 @@ import numpy as np
 
 from onnxprune.coupling import Interpreter, Origin, Shuffle
 from onnxprune.graph import Node
-from onnxprune.labels import Block, Labels, Layout, reduce_to_varying, runs
+from onnxprune.labels import (
+    Block,
+    Labels,
+    Layout,
+    compress,
+    reduce_to_varying,
+    repeat,
+    runs,
+)
 from onnxprune.ops.registry import rewrite, rule
 from onnxprune.rewriting import Rewriter
 from onnxprune.shapes import Dims
@@ -112,9 +120,10 @@ def _combine(node: Node, c: Interpreter, blocks: Sequence[Block]) -> Block:
     if len(live) <= 1:
         axis, labels = next(iter(live.items()), next(iter(parts.items())))
         return Block((axis,), labels)
-    labels = c.system.fresh(*(v.size for v in live.values()))
-    c.factor(node, labels, tuple(live.values()))
-    block = Block(tuple(live), labels)
+    factors, lengths = zip(*(compress(v) for v in live.values()), strict=True)
+    labels = c.system.fresh(*(v.size for v in factors))
+    c.factor(node, labels, factors)
+    block = Block(tuple(live), repeat(labels, [n for (n,) in lengths]))
     c.settled[id(block)] = (block, live)
     return block
 
