@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 import pytest
 
-from onnxprune import verify
+from onnxprune import runtime, verify
+from onnxprune.analysis import analyse
+from onnxprune.granularity import Granularity
+from onnxprune.passes.apply import apply_keep
 from tests.graphs import TOLERANCE, build, prune_half, shapes
 
 MICROSOFT = ', "com.microsoft": 1'
@@ -97,3 +101,16 @@ def check_row(row: Row) -> None:
     """The row's graph is valid, and half of every group of it is removed, as in the masked twin."""
     onnx.checker.check_model(row.model(), full_check=True)
     row.check()
+
+
+def check_uneven(model: onnx.ModelProto, granularity: Granularity, seed: int = 1) -> None:
+    """Another share of every group goes, so that widths that must agree agree for a reason."""
+    rng = np.random.default_rng(seed)
+    analysis = analyse(model, granularity=granularity)
+    keep = analysis.everything
+    for group in analysis.groups:
+        keep[rng.permutation(group.units)[rng.integers(1, group.size + 1) :]] = False
+    pruned = apply_keep(analysis.coupling, keep).model
+    assert verify.structure_problems(pruned, model) == []
+    feeds = [runtime.random_feeds(model)]
+    assert verify.twin_error(analysis.coupling, keep, pruned, feeds, threads=1) <= TOLERANCE

@@ -14,7 +14,7 @@ from onnxprune.ops import REWRITES
 from onnxprune.passes.apply import apply_keep
 from onnxprune.pipeline import inspect
 from tests.graphs import TOLERANCE, prune_half, shapes
-from tests.rows import Row
+from tests.rows import Row, check_uneven
 
 SEQUENCE = "(float[N,S,8] x) => (float[N,S,8] y)"
 FIXED = "(float[2,5,8] x) => (float[2,5,8] y)"
@@ -326,17 +326,10 @@ def test_half_of_every_group_equals_the_twin(row: Row) -> None:
     row.check()
 
 
+@pytest.mark.parametrize("head_dims", [False, True])
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS])
-def test_half_of_the_channels_of_heads_equals_the_twin(row: Row) -> None:
-    model = row.model()
-    analysis = analyse(model, granularity=Granularity(head_dims=True))
-    keep = analysis.everything
-    for group in analysis.groups:
-        keep[group.units[1::2]] = False
-    pruned = apply_keep(analysis.coupling, keep).model
-    assert verify.structure_problems(pruned, model) == []
-    feeds = [runtime.random_feeds(model)]
-    assert verify.twin_error(analysis.coupling, keep, pruned, feeds, threads=1) <= TOLERANCE
+def test_uneven_shares_of_heads_or_of_their_channels(row: Row, head_dims: bool) -> None:
+    check_uneven(row.model(), Granularity(head_dims=head_dims))
 
 
 def test_the_original_scale_is_written_down() -> None:

@@ -13,8 +13,9 @@ import onnx
 import pytest
 
 from onnxprune import verify
+from onnxprune.granularity import Granularity
 from tests.graphs import TOLERANCE, Pruned, build, prune_half
-from tests.rows import shrunk
+from tests.rows import check_uneven, shrunk
 
 SIGNATURE = "(float[N,5,6] x) => (float[N,5,3] y)"
 BEFORE = "e = MatMul(x, we)  n = LayerNormalization(e, g1, b1)"
@@ -323,6 +324,11 @@ def test_heads_and_the_residual_stream_go(form: Form) -> None:
         assert removes_whole_heads(pruned)
     floats = {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
     assert shrunk(model, pruned.model) == floats - form.stays
+
+
+@pytest.mark.parametrize("form", [pytest.param(form, id=form.name) for form in FORMS])
+def test_uneven_shares_of_the_channels_of_heads(form: Form) -> None:
+    check_uneven(form.model(), Granularity(head_dims=True))
 
 
 def removes_whole_heads(pruned: Pruned) -> bool:

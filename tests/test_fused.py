@@ -12,7 +12,7 @@ from onnxprune.graph import Graph
 from onnxprune.passes.apply import apply_keep
 from onnxprune.pipeline import inspect
 from tests.graphs import TOLERANCE, shapes
-from tests.rows import Row
+from tests.rows import Row, check_uneven
 
 MS = "com.microsoft"
 FLAT = "(float[N,6] x) => (float[N,4] y)"
@@ -168,6 +168,12 @@ ROWS = [
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS])
 def test_half_of_every_group_equals_the_twin(row: Row) -> None:
     row.check()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name) for row in ROWS])
+def test_uneven_shares(row: Row, seed: int) -> None:
+    check_uneven(row.model(), Granularity(), seed)
 
 
 #: Operators that ONNX Runtime has no CPU kernel for: what is left of each weight, of half.

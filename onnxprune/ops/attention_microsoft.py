@@ -148,6 +148,8 @@ def _streams(node: Node, c: Interpreter, heads: Heads) -> list[Labels | None]:
         _packed(node, c, 1, heads)
         return [query, None, None]
     key = stream(node, c, 1, heads.query, heads.key)
+    if len(c.dims(node, 2)) == 4:  # taken as caches, which are of one shape
+        c.tie(node, heads.key, heads.value)
     return [query, key, stream(node, c, 2, heads.query, heads.value)]
 
 

@@ -197,6 +197,7 @@ def mixture(node: Node, c: Interpreter) -> None:
     _choose_experts(node, c, c.axis(node, 1, 1))
     c.tie(node, x, c.axis(node, 2, 2))
     inner, out = c.contract(node, 4, 2), c.axis(node, 4, 1)
+    c.tie(node, x, out)  # the operator gives its output the shape of its input
     parts = [(2, 1), (3, 1)]
     if node.input(6):
         c.tie(node, x, c.axis(node, 6, 2))
