@@ -59,7 +59,10 @@ class Granularity:
         """
         ids = options.get("vocabulary") or {}
         names = str(options.get("granularity", "head"))
-        return parse(names, ids.get("kept"), int(ids.get("unknown", 0)))
+        try:
+            return parse(names, ids.get("kept"), int(ids.get("unknown", 0)))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InvalidRecipeError(f"the plan's vocabulary is malformed: {error}") from error
 
 
 HEADS = Granularity()
@@ -95,7 +98,10 @@ def parse(
 
 def _vocabulary(source: str | os.PathLike[str] | Iterable[int], unknown: int) -> Vocabulary:
     ids = _read(Path(source)) if isinstance(source, (str, os.PathLike)) else list(source)
-    kept = tuple(sorted({int(i) for i in ids}))
+    try:
+        kept = tuple(sorted({int(i) for i in ids}))
+    except (TypeError, ValueError) as error:
+        raise InvalidRecipeError(f"--vocab-keep must hold integers: {error}") from error
     if len(kept) < 2 or kept[0] < 0:
         raise InvalidRecipeError("--vocab-keep must name at least two ids, none of them negative")
     if unknown not in kept:

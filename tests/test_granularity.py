@@ -285,6 +285,7 @@ def test_no_embedding_refuses() -> None:
         ({"granularity": "vocab"}, "--granularity vocab needs --vocab-keep"),
         ({"vocab_keep": KEEP}, "--vocab-keep needs --granularity vocab"),
         ({"granularity": "vocab", "vocab_keep": [3]}, "at least two ids"),
+        ({"granularity": "vocab", "vocab_keep": ["a", 3]}, "--vocab-keep must hold integers"),
         ({"granularity": "vocab", "vocab_keep": [-1, 3]}, "none of them negative"),
         ({"granularity": "vocab", "vocab_keep": [2, 3]}, "--vocab-unknown 0 must be among"),
         ({"granularity": "vocab", "vocab_keep": [0, 10]}, "id 10, but the vocabulary has 10 ent"),
@@ -354,3 +355,21 @@ def test_a_wrong_table_of_ids_is_caught(
     result = prune(words, channels=1.0, granularity="vocab", vocab_keep=KEEP)
     assert any("failed the check" in note for note in result.report.notes)
     assert shapes(result.model)["table"] == (10, 6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words_"),
+    [
+        ({"granularity": "vocab", "vocabulary": {"kept": ["a", 1]}}, "must hold integers"),
+        ({"granularity": "vocab", "vocabulary": {"kept": [0, 1], "unknown": "b"}}, "malformed"),
+        ({"granularity": "vocab", "vocabulary": [3]}, "the plan's vocabulary is malformed"),
+        ({"granularity": "heads"}, "--granularity 'heads' is unknown"),
+    ],
+)
+def test_a_malformed_plan_of_words(
+    words: onnx.ModelProto, options: dict[str, Any], words_: str
+) -> None:
+    plan = prune(words, channels=0.5).plan.to_json()
+    with pytest.raises(InvalidRecipeError) as caught:
+        apply(words, Plan.from_json({**plan, "options": options}))
+    assert words_ in str(caught.value)
