@@ -11,7 +11,7 @@ REAL := .venv-real
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full test-real coverage lint format benchmark-fashion benchmark-accuracy conformance clean
+.PHONY: help demo test test-full test-real coverage lint format benchmark-fashion benchmark-accuracy benchmark-peers conformance clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,20 +46,23 @@ benchmark-fashion: $(TRAINING)  ## Train, prune and fine-tune on Fashion-MNIST, 
 benchmark-accuracy: $(TRAINING) $(PEERS)  ## Follow the accuracy of six networks through every stage, beside Torch-Pruning
 	$(BIN)/python -m benchmarks.accuracy
 
+benchmark-peers: $(INSTALLED) $(PEERS)  ## Compare with other pruners (ARGS=--all: on all networks of torchvision)
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
 conformance: $(INSTALLED)  ## Prune every model of the conformance set and print the table
 	$(BIN)/python -m benchmarks.conformance
 
 clean:  ## Remove what the targets made
-	rm -rf $(VENV) $(REAL) out build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(REAL) .venv-peers out build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
 	"$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); echo "make: could not create an environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 
-$(PEERS): | $(BIN)/python
+$(PEERS): benchmarks/peers/requirements.txt | $(BIN)/python
 	"$(PYTHON)" -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 torch-pruning==1.6.1 onnx numpy
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 $(INSTALLED): pyproject.toml | $(BIN)/python

@@ -1,0 +1,1 @@
+"""onnxprune beside other pruners, on the same networks. See `benchmarks.peers.__main__`."""
