@@ -167,8 +167,15 @@ def score(
         if reduction == "max":
             np.maximum.at(total, unit, values)
         else:
-            total += np.bincount(unit, values, total.size)
-            seen += np.bincount(unit, minlength=total.size)
+            seen[0] += 1
+            live = unit > 0
+            if not live.all():
+                unit, values = unit[live], values[live]
+            if not unit.size:
+                continue
+            first, last = int(unit.min()), int(unit.max()) + 1  # units of one axis lie together
+            total[first:last] += np.bincount(unit - first, values, last - first)
+            seen[first:last] += np.bincount(unit - first, minlength=last - first)
     if not seen.any() and reduction != "max" and name != "l2":
         return score(coupling, "l2", reduction=reduction, seed=seed)
     if reduction == "mean":
