@@ -158,10 +158,16 @@ def test_the_style_is_found_in_recorded_statistics() -> None:
 
 
 def test_what_is_made_up_fits_the_model() -> None:
-    assert synthesize(NET, 64) is None
-    calibration = made_up(NET, threads=1)
-    assert (calibration.source, calibration.is_real) == ("random inputs", False)
-    assert calibration.samples >= 512
+    images = made_up(NET, threads=1)
+    assert (images.source, images.is_real, images.is_typical) == (
+        "synthesized images",
+        False,
+        False,
+    )
+    assert images.samples >= 512
+    assert np.ptp([b["x"].mean() for b in images.batches[:4]]) > 0.1
+    assert synthesize(mlp(5, 8, 3), 64) is None
+    assert made_up(mlp(5, 8, 3), threads=1).source == "random inputs"
     assert made_up(mlp(5, 8, 3), threads=1).batches[0]["x"].shape == (64, 5)
 
 

@@ -259,6 +259,19 @@ def test_shared_weights_stay_and_shared_biases_part() -> None:
     assert shapes(bound) == shapes(pruned)
 
 
+def test_inputs_that_hardly_vary_are_solved_all_the_same() -> None:
+    """Sums in float32 leave a covariance indefinite where a mean is large and ranks are low."""
+    model = build(ROWS, "h = MatMul(x, w0)  y = MatMul(h, w)", "w0:5,8 w:8,4")
+    pruned, rewriter = halved(model)
+    data = [{"x": 1e3 + 1e-3 * f["x"]} for f in feeds(model)]
+    result = Reconstruct(threads=1)(pruned, rewriter, data)
+    assert (result.solved, result.skipped) == (2, {})
+    data[0]["x"][0] = np.nan
+    result = Reconstruct(threads=1)(pruned, rewriter, data)
+    assert set(result.skipped) == {"h", "y"}
+    assert result.model == pruned
+
+
 def test_weights_in_constant_nodes_are_written() -> None:
     model = build(ROWS, "h = MatMul(x, w0)  y = MatMul(h, w)", "w0:5,8 w:8,4")
     mixed(model.graph.initializer[0], 1)

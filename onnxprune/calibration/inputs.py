@@ -26,7 +26,10 @@ _BOTH_MODELS = 2
 
 @dataclass(frozen=True)
 class Calibration:
-    """Feeds by batch, and in words where they come from."""
+    """Feeds by batch, and in words where they come from.
+
+    `is_typical`: channels can be ranked by them.
+    """
 
     batches: Sequence[Mapping[str, Array]]
     source: str
@@ -52,13 +55,13 @@ def from_data(data: Dataset, *, samples: int = SAMPLES, seed: int = 0) -> Calibr
 
 
 def made_up(model: onnx.ModelProto, *, seed: int = 0, threads: int | None = None) -> Calibration:
-    """Images like those that BatchNormalization remembers, else random inputs."""
+    """Images, if possible like those that BatchNormalization remembers, else random inputs."""
     from onnxprune.calibration.synthetic import synthesize
     from onnxprune.feeds import random_feeds
 
     images = synthesize(model, SYNTHETIC, seed=seed, threads=threads)
     if images is not None:
-        return Calibration(images, "synthesized images", False, True)
+        return Calibration(images.batches, "synthesized images", False, images.is_matched)
     batches: list[Mapping[str, Array]] = []
     while sum(map(_rows, batches)) < SYNTHETIC and len(batches) < SYNTHETIC:
         batches.append(random_feeds(model, seed=seed + len(batches), batch=_BATCH))

@@ -24,6 +24,7 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 #: Inputs above which no ridge is chosen by cross-validation: each costs D^3.
 MAX_VALIDATED = 1536
 _DEFAULT_RIDGE = 1e-2
+_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,30 @@ class Problem:
         return self.z - weight @ self.p if self.intercept else np.zeros_like(self.z)
 
     def solve(self, start: Array, ridge: float) -> Array:
-        """Weights [M, D], shrunk towards `start`."""
-        from scipy.linalg import cho_factor, cho_solve
+        """Weights [M, D], shrunk towards `start`.
+
+        Raises:
+            LinAlgError: the moments are not finite.
+        """
+        from scipy.linalg import cho_solve
 
         level = ridge * max(float(np.trace(self.gram)) / len(self.gram), 1e-12)
-        matrix = self.gram.copy()
-        matrix[np.diag_indices_from(matrix)] += level
         rest = self.cross - self.gram @ start.T
-        factor = cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
-        return np.asarray(start + cho_solve(factor, rest, check_finite=False).T)
+        return np.asarray(start + cho_solve(_factor(self.gram, level), rest, check_finite=False).T)
+
+
+def _factor(gram: Array, level: float) -> Any:
+    """Cholesky factor of gram + level * I; more, where rounding left it indefinite."""
+    from scipy.linalg import LinAlgError, cho_factor
+
+    for _ in range(_ATTEMPTS):
+        matrix = gram.copy()
+        matrix[np.diag_indices_from(matrix)] += level
+        try:
+            return cho_factor(matrix, lower=True, overwrite_a=True)
+        except (LinAlgError, ValueError):
+            level *= 10
+    raise np.linalg.LinAlgError("its inputs' moments cannot be inverted")
 
 
 def ridge(halves: Halves, group: int, start: Array, intercept: bool) -> tuple[Array, Array]:

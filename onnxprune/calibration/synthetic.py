@@ -47,24 +47,40 @@ class Style:
     scale: float
 
 
+#: Images for models that remember nothing: of several kinds, offsets and scales.
+MIXED = (
+    Style("shapes", 0.25, 0.35),
+    Style("smooth texture", 0.0, 1.0),
+    Style("shapes", 0.0, 1.0),
+    Style("texture", 0.25, 0.35),
+)
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Made-up feeds by batch; `is_matched`: chosen by recorded statistics."""
+
+    batches: Sequence[Feeds]
+    is_matched: bool
+
+
 def synthesize(
     model: onnx.ModelProto, samples: int, *, seed: int = 0, threads: int | None = None
-) -> list[Feeds] | None:
-    """Batches that together hold about `samples`; None where nothing tells what inputs are like.
-
-    That is so where the model has no BatchNormalization, or its inputs are no images.
-    """
+) -> Synthetic | None:
+    """Batches that together hold about `samples`; None where no input is an image."""
     editable = Editable(model)
     norms, axes = recorded(editable)[:NORMS], image_axes(model)
-    if not norms or not axes:
+    if not axes:
         return None
-    style = choose(editable, norms, axes, seed=seed, threads=threads)
+    styles: Sequence[Style] = MIXED
+    if norms:
+        styles = [choose(editable, norms, axes, seed=seed, threads=threads)]
     maker = np.random.default_rng(seed)
     batches: list[Feeds] = []
     while sum(_rows(b, axes) for b in batches) < samples:
         base = runtime.random_feeds(model, seed=seed + len(batches), batch=64)
-        batches.append(paint(base, axes, style, maker))
-    return batches
+        batches.append(paint(base, axes, styles[len(batches) % len(styles)], maker))
+    return Synthetic(batches, bool(norms))
 
 
 def image_axes(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
