@@ -19,7 +19,7 @@ Array = NDArray[Any]
 Feeds = Mapping[str, Array]
 #: Rows used of a layer's input: this many times its width, and some more.
 ROWS_PER_COLUMN = 16
-ROWS_AT_LEAST = 8192
+ROWS_AT_LEAST = 32768
 
 
 @dataclass

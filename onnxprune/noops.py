@@ -59,7 +59,8 @@ def _dropout(node: Node, facts: Facts) -> int | None:
 
 @_noop("Cast")
 def _cast(node: Node, facts: Facts) -> int | None:
-    return 0 if facts.shapes.types.get(node.inputs[0]) == node.attr("to") else None
+    kind = facts.shapes.types.get(node.inputs[0])  # integers are folded, and not always in theirs
+    return 0 if kind == node.attr("to") and kind in FLOATS else None
 
 
 @_noop("Add", "Sub", "Mul", "Div", "Sum", "Concat", "Max", "Min")

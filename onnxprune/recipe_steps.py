@@ -138,7 +138,7 @@ class WeightsStep:
     allocation: Literal["layer", "global"] = "global"
     keep: tuple[str, ...] = ()
     samples: int = 1024
-    damping: float = 0.1
+    damping: float | None = None
 
     def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
         from onnxprune.passes.prune_weights import PruneWeights

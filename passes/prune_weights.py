@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from typing import Any, ClassVar, Literal, get_args
 
@@ -27,6 +27,10 @@ Method = Literal["magnitude", "wanda", "sparsegpt"]
 Allocation = Literal["layer", "global"]
 #: Up to this width the weights that stay are re-solved exactly; beyond, OBS's own update is kept.
 RESOLVE_WIDTH = 1536
+#: Steps in which a share of weights goes.
+STAGES = 2
+#: Between these the damping is the number of inputs over that of rows.
+DAMPING = (0.01, 0.1)
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ class PruneWeights:
     they read, within each output (Sun et al., 2024). `sparsegpt`: what the squared error of the
     outputs misses least, with an update of the rest (Frantar and Alistarh, 2023), layer after
     layer on the inputs that the pruned layers before it give. `allocation`: every layer loses the
-    same share, or layers lose by what they lose of their outputs.
+    same share, or layers lose by what they lose of their outputs. `damping`: ridge of the updates
+    as a share of the mean square of the inputs; None: the larger, the fewer samples there are.
     """
 
     name: ClassVar[str] = "prune-weights"
@@ -77,7 +82,7 @@ class PruneWeights:
     allocation: Allocation = "global"
     keep: tuple[str, ...] = ()
     samples: int = 1024
-    damping: float = 0.1
+    damping: float | None = None
     seed: int = 0
     threads: int | None = None
     _parsed: Pattern = field(init=False, repr=False, compare=False)
@@ -189,10 +194,12 @@ class _Run:
         weight = self._weight(matrix).astype(np.float64)
         if self.options.method == "magnitude":
             return np.abs(weight)
-        square, _ = self._moments(matrix).means(False)
+        moments = self._moments(matrix)
+        square, _ = moments.means(False)
         harm = weight**2 * np.diagonal(square, axis1=1, axis2=2)[:, None, :]
         if self.options.method == "sparsegpt":
-            factors = [inverse_factor(h, self.options.damping) for h in square]
+            damping = self._damping(moments)
+            factors = [inverse_factor(h, damping) for h in square]
             harm = (weight / np.stack([np.diag(f) for f in factors])[:, None, :]) ** 2
         whole = np.einsum("gmk,gkl,gml->", weight, square, weight, optimize=True)
         return np.asarray(harm / max(float(whole), 1e-30))
@@ -202,7 +209,8 @@ class _Run:
         moments = self._moments(matrix) if self.taps.batches else None
         centred = moments is not None and self._has_bias(matrix)
         means = None if moments is None else moments.means(centred)
-        new = self._pruned(old, means, share)
+        damping = 0.0 if moments is None else self._damping(moments)
+        new = self._pruned(old, means, share, damping)
         error = None if means is None else relative_error(old, new, means[0])
         index = matrix.node.index
         stored = self.edit.weight(index, matrix.slot)
@@ -222,10 +230,20 @@ class _Run:
         alone = len(self.graph.uses.get(matrix.name, ())) == 1
         return plain and alone and (not node.input(2) or node.input(2) in self.graph.constants)
 
-    def _pruned(self, old: Array, means: tuple[Array, Array] | None, share: float) -> Array:
+    def _damping(self, moments: Moments) -> float:
+        """The ridge, as a share of the mean square of the inputs."""
+        if self.options.damping is not None:
+            return self.options.damping
+        return float(np.clip(moments.square.shape[1] / max(moments.rows, 1), *DAMPING))
+
+    def _pruned(
+        self, old: Array, means: tuple[Array, Array] | None, share: float, damping: float
+    ) -> Array:
         pattern, method = self.options._parsed, self.options.method
         if method == "sparsegpt" and means is not None:
-            return np.stack([self._by_obs(*part, share) for part in zip(old, *means, strict=True)])
+            return np.stack(
+                [self._by_obs(*part, share, damping) for part in zip(old, *means, strict=True)]
+            )
         scores = np.abs(old)
         if method == "wanda" and means is not None:
             norm = np.sqrt(np.maximum(np.diagonal(means[0], axis1=1, axis2=2), 0))
@@ -233,9 +251,20 @@ class _Run:
         keep = choose(scores, share, pattern, per_row=method == "wanda")
         return np.where(keep, old, 0.0)
 
-    def _by_obs(self, weight: Array, hessian: Array, cross: Array, share: float) -> Array:
-        damping = self.options.damping
-        new = obs(weight, hessian, share, self.options._parsed, damping)
-        if len(hessian) > RESOLVE_WIDTH:
-            return new
-        return resolve(weight, new != 0, hessian, cross, damping)
+    def _by_obs(
+        self, weight: Array, hessian: Array, cross: Array, share: float, damping: float
+    ) -> Array:
+        new = weight
+        for pattern, part in self._stages(share):
+            new = obs(new, hessian, part, pattern, damping)
+            if len(hessian) <= RESOLVE_WIDTH:
+                new = resolve(weight, new != 0, hessian, cross, damping)
+        return new
+
+    def _stages(self, share: float) -> list[tuple[Pattern, float]]:
+        """Sparser and sparser: each choice is made among weights that made up for the last."""
+        pattern = self.options._parsed
+        if pattern.fixed:
+            kept = range(pattern.of - 1, pattern.kept - 1, -1)
+            return [(replace(pattern, kept=n), share) for n in kept]
+        return [(pattern, share * step / STAGES) for step in range(1, STAGES + 1)]
