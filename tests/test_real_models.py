@@ -50,6 +50,7 @@ def _installed() -> Iterator[object]:
 
 
 @pytest.mark.real
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("scope", ["exact", "all"])
 @pytest.mark.parametrize("path", list(_installed()))
 def test_a_trained_model_is_pruned(path: Path, scope: str) -> None:
