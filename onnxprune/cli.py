@@ -43,14 +43,6 @@ class Scope(StrEnum):
     all = "all"
 
 
-class Ranking(StrEnum):
-    """Which channels compete with which."""
-
-    overall = "global"
-    isomorphic = "isomorphic"
-    uniform = "uniform"
-
-
 ModelIn = Annotated[Path, typer.Argument(metavar="IN.onnx", help="The model to read.")]
 ModelOut = Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write the result.")]
 Reference = Annotated[Path, typer.Argument(metavar="A.onnx", help="The reference model.")]
@@ -94,11 +86,12 @@ Criterion = Annotated[
     ),
 ]
 RankingOption = Annotated[
-    Ranking | None,
+    str | None,
     typer.Option(
         help="global: all channels compete; isomorphic: those of layers of like shape; uniform: "
         "every layer loses the same share. Default: uniform for --channels, else global.",
         rich_help_panel=CHOICE,
+        metavar="NAME",
     ),
 ]
 GranularityOption = Annotated[
@@ -280,7 +273,7 @@ def prune(
             criterion=criterion,
             round_to=round_to,
             min_keep=min_keep,
-            ranking=None if ranking is None else ranking.value,
+            ranking=ranking,
             granularity=granularity,
             vocab_keep=vocab_keep,
             vocab_unknown=vocab_unknown,

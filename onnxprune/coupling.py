@@ -173,9 +173,7 @@ class Interpreter:
 
     def begin(self, node: Node) -> None:
         """A rule is about to look at `node`."""
-        self.touched = set()
-        self._blank = ""
-        self._frozen_here = {}
+        self.touched, self._blank, self._frozen_here = set(), "", {}
         self.interpreted.add(node.index)
         if not node.bodies and all(
             not name or self.is_static(node, slot) for slot, name in enumerate(node.inputs)
@@ -188,9 +186,9 @@ class Interpreter:
             for block in self.layouts.get(name, ()):
                 if not all((slot, a) in self.touched for a in block.axes):
                     words = f"{node.title} does not pass this axis on"
-                    number = self.system.freeze(block.labels, node.index, words)
+                    why = self.system.freeze(block.labels, node.index, words)
                     if self.shapes.types.get(name) in _FLOAT_TYPES:
-                        self._frozen_here[block.labels.size] = number
+                        self._frozen_here[block.labels.size] = why
         self.lose(node)
 
     def lose(self, node: Node) -> None:

@@ -88,7 +88,7 @@ def prune(
     criterion: str | None = None,
     round_to: int = 1,
     min_keep: float = 0.1,
-    ranking: Ranking | None = None,
+    ranking: str | None = None,
     granularity: str = "head",
     vocab_keep: str | os.PathLike[str] | Iterable[int] | None = None,
     vocab_unknown: int = 0,
@@ -144,11 +144,10 @@ def prune(
 
     budget = _budget(lossless, channels=channels, macs=macs, params=params, size_mb=size_mb)
     _check_ranges(min_keep, round_to, scope, finetune, data)
-    _check_ranking(ranking)
     _check_repair(repair, data)
     options = Options(
         budget,
-        Limits(round_to, min_keep, scope, ranking),
+        Limits(round_to, min_keep, scope, _ranking(ranking)),
         criterion or "l2",
         tuple(keep),
         parse_granularity(granularity, vocab_keep, vocab_unknown),
@@ -314,11 +313,13 @@ def _check_ranges(min_keep: float, round_to: int, scope: str, finetune: int, dat
         raise InvalidRecipeError("--finetune needs --data to train on")
 
 
-def _check_ranking(ranking: str | None) -> None:
+def _ranking(name: str | None) -> Ranking | None:
     from onnxprune.passes.select import RANKINGS
 
-    if ranking not in (None, *RANKINGS):
-        raise InvalidRecipeError(f"--ranking {ranking!r} is unknown: choose {', '.join(RANKINGS)}")
+    known = {str(ranking): ranking for ranking in RANKINGS}
+    if name is not None and name not in known:
+        raise InvalidRecipeError(f"--ranking {name!r} is unknown: choose {', '.join(known)}")
+    return None if name is None else known[name]
 
 
 def _check_repair(repair: str, data: Any) -> None:

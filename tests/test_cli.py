@@ -169,6 +169,8 @@ class TestTranscripts:
             "prune in.onnx out.onnx --size-mb -3",
             f"{head} 0.5 --round-to 0",
             f"{head} 0.5 --min-keep 2",
+            f"{head} 0.5 --ranking best",
+            f"{head} 0.5 --granularity word",
             f"{head} 0.5 --finetune 3",
             f"{head} 0.5 --finetune -1",
             f"{head} 0.5 --max-drop 1",
@@ -188,7 +190,6 @@ class TestTranscripts:
         [
             ("prune in.onnx out.onnx --channels half", "--channels"),
             ("prune in.onnx out.onnx --channels 0.5 --scope some", "'exact', 'all'"),
-            ("prune in.onnx out.onnx --channels 0.5 --ranking best", "'isomorphic', 'uniform'"),
             ("prune in.onnx out.onnx --channels 0.5 --threads 0", "--threads"),
             ("prune in.onnx out.onnx --channels 0.5 --nonsense", "--nonsense"),
             ("prune in.onnx", "OUT.onnx"),
