@@ -9,7 +9,7 @@ stays, as labels follow it; quantizers stay, as their integers are the weights; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,14 +62,14 @@ def fold_statics(graph: Graph) -> Graph:
     folded: dict[str, onnx.TensorProto] = {}
     gone: set[int] = set()
     freed: set[str] = set()
-    parts = _parts(graph)
-    found = _values(graph, parts)
-    for part in parts:
-        tensors = _folded(graph, part, found)
-        if tensors is not None:
-            folded.update(tensors)
-            gone.update(node.index for node in part.nodes)
-            freed |= part.freed
+    for batch in _batches(graph, _parts(graph)):
+        found = _run(graph, batch)
+        for part in batch:
+            tensors = _folded(graph, part, found)
+            if tensors is not None:
+                folded.update(tensors)
+                gone.update(node.index for node in part.nodes)
+                freed |= part.freed
     if not folded:
         return graph
     gone |= {graph.producer[n].index for n in freed if graph.constants[n].node is not None}
@@ -153,19 +153,19 @@ def _read_outside(graph: Graph, name: str, inside: set[int]) -> bool:
     return any(index not in inside for index, _ in graph.uses.get(name, ()))
 
 
-def _values(graph: Graph, parts: Sequence[_Part]) -> dict[str, np.ndarray]:
-    """The results of all parts that run; small ones run together."""
-    found: dict[str, np.ndarray] = {}
+def _batches(graph: Graph, parts: Sequence[_Part]) -> Iterator[list[_Part]]:
+    """The parts in order, as many at a time as read no more than `BATCH_BYTES`."""
     batch: list[_Part] = []
     room = 0
     for part in parts:
         size = sum(_nbytes(graph, name) for name in _constants(graph, part.nodes))
         if batch and room + size > BATCH_BYTES:
-            found |= _run(graph, batch)
+            yield batch
             batch, room = [], 0
         batch.append(part)
         room += size
-    return found | _run(graph, batch) if batch else found
+    if batch:
+        yield batch
 
 
 def _run(graph: Graph, parts: Sequence[_Part]) -> dict[str, np.ndarray]:
