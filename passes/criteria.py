@@ -97,8 +97,10 @@ def measure_readers(
     for site in sites:
         walk.wanted = {site.x, site.output}
         walk.advance(site.node + 1)
-        follow(model, site)
-        feeds = [{"x": held[site.x], "t": held[site.output]} for held in walk.held]
+        shaped_as = site.x if site.is_cell else site.output
+        if not site.is_cell:
+            follow(model, site)
+        feeds = [{"x": held[site.x], "t": held[shaped_as]} for held in walk.held]
         found.append(_reader(coupling, model, site, feeds, rows, rng, threads))
     return [r for r in found if r is not None]
 

@@ -115,6 +115,42 @@ def test_a_matrix_product_is_reconstructed(body: str, spec: str) -> None:
     assert gap(Reconstruct(threads=1)(pruned, rewriter, feeds(model)).model, model) < 2e-3
 
 
+@pytest.mark.parametrize(
+    ("body", "spec"),
+    [
+        ("y, last = LSTM<hidden_size=3>(h, w, r, b)", "w:1,12,8 r:1,12,3 b:1,24"),
+        ('y = GRU<hidden_size=3, direction="bidirectional">(h, w, r)', "w:2,9,8 r:2,9,3"),
+        ("empty, y = RNN<hidden_size=3>(h, w, r)", "w:1,3,8 r:1,3,3"),
+    ],
+)
+def test_a_recurrent_cell_is_reconstructed(body: str, spec: str) -> None:
+    signature = "(float[7,N,5] x) => (float[P,Q,R,S] y)".replace(
+        ",R,S", ",R" if "empty" in body else ",R,S"
+    )
+    model = build(signature, f"h = MatMul(x, w0)  {body}", f"w0:5,8 {spec}")
+    for node in model.graph.node:
+        node.output[:] = ["" if name == "empty" else name for name in node.output]
+    mixed(model.graph.initializer[0], 1)
+    pruned, rewriter = halved(model, 2)
+    assert gap(pruned, model) > 0.03
+    result = Reconstruct(threads=1)(pruned, rewriter, feeds(model, 12))
+    assert (result.solved, result.skipped) == (2, {})
+    assert gap(result.model, model) < 5e-3
+
+
+def test_the_hidden_units_of_a_cell_may_go_too() -> None:
+    body = """h = MatMul(x, w0)  g, last = LSTM<hidden_size=4>(h, w, r, b)
+    s = Squeeze(last, axis)  y = MatMul(s, v)"""
+    model = build(
+        "(float[7,N,5] x) => (float[N,2] y)", body, "w0:5,8 w:1,16,8 r:1,16,4 b:1,32 v:4,2 axis=0"
+    )
+    analysis = analyse(model)
+    assert len(analysis.groups) == 2
+    report = prune(model, channels=0.5, repair="reconstruct").report
+    assert report.rebuild[1]["solved"] == 3
+    assert report.rebuild[1]["output_error"] < report.rebuild[0]["output_error"]
+
+
 def test_a_grouped_convolution_is_reconstructed_group_by_group() -> None:
     """Positions 2 and 3 of both groups go; they are mixtures of 0 and 1 of the same group."""
     model = build(

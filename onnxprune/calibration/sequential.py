@@ -8,7 +8,7 @@ each branch also makes good the error that the stream carries by then.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -83,7 +83,7 @@ class Repair:
         sites = [s for s in find_sites(self.student) if self._comparable(s)]
         listener = progress or Silent()
         listener.stage("repair", len(sites))
-        wanted = {s.target for s in sites} | {s.x for s in sites if self._parallel}
+        wanted = {s.target for s in sites} | {s.x for s in sites if self._parallel or s.is_cell}
         student = Walk(self.student, self.batches, threads=self.threads)
         teacher = Walk(self.teacher, self.batches, wanted, self.threads)
         for done, site in enumerate(sites):
@@ -137,12 +137,14 @@ class Repair:
         node = self.student.nodes[site.node]
         weight = self.student.weight(node.input[site.slot])
         assert weight is not None
-        cuts = {"t": kept_indices(self.rewriter, site.target)}
+        gates = self._gates(site) if site.is_cell else None
+        cuts = {} if gates else {"t": kept_indices(self.rewriter, site.target)}
         if self._parallel:
             cuts["x"] = kept_indices(self.rewriter, site.x)
         feeds: list[dict[str, Array]] = []
         for own, original in zip(student.held, teacher.held, strict=True):
-            batch = {"x": (original if self._parallel else own)[site.x], "t": original[site.target]}
+            batch = {"x": (original if self._parallel else own)[site.x]}
+            batch["t"] = gates(original[site.x]) if gates else original[site.target]
             if site.other:
                 batch["o"] = self._other(site, own, original)
             feeds.append(batch)
@@ -157,6 +159,23 @@ class Repair:
             names=self.sums,
             threads=self.threads,
         )
+
+    def _gates(self, site: Site) -> Callable[[Array], Array]:
+        """What the original's inputs add to the gates that were kept: x[*B, I] -> [*B, M]."""
+        node = self.rewriter.coupling.graph.producer[site.output]
+        weight = self.teacher.weight(node.inputs[site.slot])
+        if weight is None:
+            raise _Unsolvable("the original's weight is not stored")
+        labels = self.rewriter.labels(node, site.slot, 1)
+        rows = slice(None) if labels is None else np.flatnonzero(self.rewriter.mask(labels))
+        matrix = weight[:, rows].reshape(-1, weight.shape[2]).T.astype(np.float32)
+        both = (
+            self.teacher.weight(node.input(site.bias_slot)) if node.input(site.bias_slot) else None
+        )
+        if both is None:
+            both = np.zeros((weight.shape[0], weight.shape[1]))
+        bias = both[:, : weight.shape[1]][:, rows].ravel().astype(np.float32)
+        return lambda x: np.asarray(x.astype(np.float32) @ matrix + bias)
 
     def _other(self, site: Site, own: Mapping[str, Array], original: Mapping[str, Array]) -> Array:
         if not self._parallel:

@@ -2,7 +2,8 @@
 
 A site computes z = a * (W x + b) + c, with a and c from BatchNormalization and per-channel
 arithmetic behind the operator, and perhaps adds a residual stream to it. Its target is the same
-tensor of the original model, restricted to the channels that were kept.
+tensor of the original model, restricted to the channels that were kept. A recurrent cell's inputs
+are a site of their own: z is what they add to its gates.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from onnxprune.calibration.editable import Editable
 
 Array = NDArray[Any]
 _CONVS = ("Conv", "ConvTranspose")
+_CELLS = ("LSTM", "GRU", "RNN")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,16 @@ class Site:
         """Whether x[N, C, *S] is unfolded before it is multiplied."""
         return self.op_type in _CONVS
 
+    @property
+    def is_cell(self) -> bool:
+        """Whether this is a recurrent cell, of which the input weights of all gates are solved."""
+        return self.op_type in _CELLS
+
+    @property
+    def bias_slot(self) -> int:
+        """The input with the operator's own bias."""
+        return 3 if self.is_cell else 2
+
     def scale(self) -> Array:
         """The factor a of the whole path, [M]."""
         total = np.ones(self.channels)
@@ -77,7 +89,8 @@ def find_sites(model: Editable) -> Iterator[Site]:
     for index, node in enumerate(model.nodes):
         site = linear(model, index)
         if site is not None and model.is_own(node.input[site.slot]):
-            follow(model, site)
+            if not site.is_cell:
+                follow(model, site)
             yield site
 
 
@@ -85,7 +98,7 @@ def linear(model: Editable, index: int) -> Site | None:
     """The linear operator at `index`, without what follows; None where it is something else."""
     node = model.nodes[index]
     kind = node.op_type
-    if kind not in (*_CONVS, "Gemm", "MatMul") or node.domain not in ("", "ai.onnx"):
+    if kind not in (*_CONVS, *_CELLS, "Gemm", "MatMul") or node.domain not in ("", "ai.onnx"):
         return None
     weight = model.weight(node.input[1])
     if weight is None or model.is_stored(node.input[0]) or weight.ndim < 2:
@@ -99,8 +112,8 @@ def linear(model: Editable, index: int) -> Site | None:
         "ConvTranspose": weight.shape[1] * groups,
         "Gemm": weight.shape[0 if given.get("transB", 0) else 1],
         "MatMul": weight.shape[1],
-    }[kind]
-    x, y = node.input[0], node.output[0]
+    }.get(kind, weight.shape[0] * weight.shape[1])
+    x, y = node.input[0], next(name for name in node.output if name)
     return Site(index, kind, 1, x, y, y, channels, 1 if kind in _CONVS else -1, groups)
 
 

@@ -18,6 +18,8 @@ def matrices(model: Editable, site: Site) -> Array:
     node = model.nodes[site.node]
     weight = model.weight(node.input[site.slot])
     assert weight is not None
+    if site.is_cell:
+        return weight.reshape(1, -1, weight.shape[2])
     if site.op_type == "Conv":
         return weight.reshape(site.groups, weight.shape[0] // site.groups, -1)
     if site.op_type == "ConvTranspose":
@@ -37,7 +39,7 @@ def write_matrices(model: Editable, site: Site, value: Array) -> None:
     weight = model.weight(node.input[site.slot])
     assert weight is not None
     given = attributes(node)
-    if site.op_type == "Conv":
+    if site.op_type == "Conv" or site.is_cell:
         fresh = value.reshape(weight.shape)
     elif site.op_type == "ConvTranspose":
         split = value.reshape(site.groups, weight.shape[1], -1, int(np.prod(weight.shape[2:])))
@@ -53,6 +55,9 @@ def write_matrices(model: Editable, site: Site, value: Array) -> None:
 def own_bias(model: Editable, site: Site) -> Array | None:
     """The operator's bias [M], zero where it has none; None where it varies over positions."""
     node = model.nodes[site.node]
+    if site.is_cell:
+        both = _cell_bias(model, site)
+        return None if both is None else both[:, : both.shape[1] // 2].ravel()
     if site.op_type == "MatMul" or len(node.input) < 3 or not node.input[2]:
         return np.zeros(site.channels)
     value = model.weight(node.input[2])
@@ -80,11 +85,12 @@ def shift(model: Editable, site: Site, change: Array) -> None:
     """Add `change` [M] to z, in a bias of the path if there is one, else in the operator's own."""
     index = _place(model, site)
     if index is None:
+        if site.is_cell:
+            return _shift_cell(model, site, change)
         own = own_bias(model, site)
         assert own is not None
         value = own + _over(change, site.scale())
-        model.write(site.node, 2, value / _beta(model, site))
-        return
+        return model.write(site.node, 2, value / _beta(model, site))
     step = site.path[index]
     behind = np.ones(site.channels)
     for later in site.path[index + 1 :]:
@@ -93,12 +99,34 @@ def shift(model: Editable, site: Site, change: Array) -> None:
     old = model.weight(model.nodes[step.node].input[slot])
     assert old is not None
     delta = _over(change, -behind if step.op_type == "Sub" else behind)
-    model.write(step.node, slot, old + delta.reshape(old.shape))
+    return model.write(step.node, slot, old + delta.reshape(old.shape))
+
+
+def _cell_bias(model: Editable, site: Site) -> Array | None:
+    """[directions, 2 * rows]: the biases of the inputs, then those of the hidden state."""
+    node = model.nodes[site.node]
+    if len(node.input) > 3 and node.input[3]:
+        return model.weight(node.input[3])
+    weight = model.weight(node.input[site.slot])
+    assert weight is not None
+    return np.zeros((weight.shape[0], 2 * weight.shape[1]))
+
+
+def _shift_cell(model: Editable, site: Site, change: Array) -> None:
+    both = _cell_bias(model, site)
+    assert both is not None
+    rows = both.shape[1] // 2
+    both[:, :rows] += change.reshape(-1, rows)
+    model.write(site.node, site.bias_slot, both)
 
 
 def _has_slot(model: Editable, site: Site) -> bool:
     """Whether the operator itself has or can get a bias."""
-    return site.op_type != "MatMul" and _beta(model, site) != 0 and model.can_write(site.node, 2)
+    return (
+        site.op_type != "MatMul"
+        and _beta(model, site) != 0
+        and model.can_write(site.node, site.bias_slot)
+    )
 
 
 def _place(model: Editable, site: Site) -> int | None:
