@@ -17,7 +17,7 @@ from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import subjects
 from benchmarks.accuracy.languages import CODES, languages
 from benchmarks.accuracy.stages import Row
-from benchmarks.accuracy.table import picture
+from benchmarks.accuracy.table import STAGES, picture
 from models import text
 from models.graphs import fold
 from onnxprune.data import Batch
@@ -39,7 +39,7 @@ def test_end_to_end(
     shown = capsys.readouterr().out
     assert "mlp 50% onnxprune fine-tuned: " in shown
     rows = [Row(**row) for row in json.loads((workdir / "results/accuracy.json").read_text())]
-    assert [row.stage for row in rows] == ["original", "pruned", "repaired", "fine-tuned"]
+    assert [row.stage for row in rows] == ["original", *STAGES]
     assert rows[0].accuracy > 0.9
     assert rows[-1].macs <= 0.5
     assert "mlp, 50% of the MACs" in (workdir / "results/accuracy.svg").read_text()

@@ -42,8 +42,8 @@ def own(
 ) -> list[Row]:
     """The stages by this project.
 
-    Pruning sees no data, the repair 1,024 images without their labels, fine-tuning all of them
-    with their labels once.
+    The first two see no data, the repair (and the choice of channels, which knows it) 1,024
+    samples without their labels, fine-tuning all samples with their labels once.
     """
     rows: list[Row] = []
     unlabelled = {n: a[:CALIBRATION] for n, a in train.items() if n != "y"}
@@ -60,6 +60,7 @@ def own(
     pruned = onnxprune.prune(original, repair="none", **options)
     share = pruned.report.after.macs / pruned.report.before.macs
     row("pruned", pruned.model)
+    row("repaired without data", onnxprune.prune(original, **options).model)
     repaired = onnxprune.prune(original, data=unlabelled, **options).model
     row("repaired", repaired)
     if subject.finetuning:

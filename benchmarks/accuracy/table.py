@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from benchmarks.accuracy.stages import Row
 
-STAGES = ("pruned", "repaired", "fine-tuned")
+STAGES = ("pruned", "repaired without data", "repaired", "fine-tuned")
 COLOURS = {"onnxprune": "#1f6f8b", "torch-pruning": "#d1741f"}
 WIDTH, BAR, HEAD = 760, 16, 30
 
@@ -46,11 +46,11 @@ def picture(rows: Sequence[Row]) -> str:
                 if found:
                     y += BAR
                     parts += _bar(y, stage, tool, found[0].accuracy)
-        x = 230 + 4 * 100 * original
+        x = 270 + 4 * 100 * original
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{y + 3}" stroke="#444"/>')
         y += BAR // 2
     legend = "".join(
-        _text(230 + 150 * i, 18, tool, colour=colour)
+        _text(270 + 150 * i, 18, tool, colour=colour)
         for i, (tool, colour) in enumerate(COLOURS.items())
     )
     title = _text(10, 18, "held-out accuracy (line: the original)", bold=True)
@@ -62,7 +62,7 @@ def picture(rows: Sequence[Row]) -> str:
 
 def _bar(y: int, stage: str, tool: str, accuracy: float) -> list[str]:
     width = 4 * 100 * accuracy
-    box = f'x="230" y="{y - BAR + 5}" width="{width:.1f}" height="{BAR - 4}"'
+    box = f'x="270" y="{y - BAR + 5}" width="{width:.1f}" height="{BAR - 4}"'
     return [
         _text(30, y, f"{stage}, {tool}"),
         f'<rect {box} fill="{COLOURS[tool]}"/>',
