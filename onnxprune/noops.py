@@ -39,7 +39,8 @@ def _same_shape(node: Node, facts: Facts, slot: int) -> bool:
     """Whether the output always has the shape of input `slot`."""
     source, target = node.inputs[slot], node.outputs[0]
     sizings = (facts.shapes.first.dims, facts.shapes.second.dims)
-    return all(source in s and s.get(source) == s.get(target) for s in sizings)
+    same = all(source in s and s.get(source) == s.get(target) for s in sizings)
+    return same and target not in facts.shapes.measured
 
 
 @_noop("Identity")

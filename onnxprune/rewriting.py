@@ -246,11 +246,15 @@ class Rewriter:
     ) -> None:
         """Replace the fixed entries of a computed shape operand."""
         name, out = node.input(slot), node.outputs[0]
-        after, inner = self.out_dims_after(node), self.dims_after(node, 0)
+        before, after = self.out_dims(node), self.out_dims_after(node)
+        inner = self.dims_after(node, 0)
         value = self.shapes.value(name)
         count = len(after) if value is None else value.size
         where = list(axes) if axes is not None else list(range(len(after) - count, len(after)))
-        fixed = [axis < 0 or self.shapes.is_fixed(out, axis) for axis in where]
+        fixed = [
+            axis < 0 or self.shapes.is_fixed(out, axis) or before[axis] != after[axis]
+            for axis in where
+        ]
         kept_one = [
             value is not None and not reshape and int(value.ravel()[i]) == 1 for i in range(count)
         ]

@@ -23,7 +23,7 @@ import onnxprune.vendor_fused  # noqa: F401  registers its shape rules
 from onnxprune.folding import FOLD_LIMIT, FOLDS
 from onnxprune.graph import Constant, Graph, Node
 from onnxprune.measured import Numbers, measure
-from onnxprune.protos import bodies
+from onnxprune.protos import bodies, reads
 from onnxprune.sequence_shapes import Elements, visit_sequence
 from onnxprune.vendor import SHAPE_RULES, output_shapes
 
@@ -49,12 +49,17 @@ class Sizing:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shapes at two assignments. A dimension with the same number in both is fixed."""
+    """Shapes at two assignments. A dimension with the same number in both is fixed.
+
+    Not so in `measured` tensors, whose shapes were read off two runs: what follows data may be the
+    same by chance, or because both runs reached a limit.
+    """
 
     first: Sizing
     second: Sizing
     types: Mapping[str, int]
     constants: Mapping[str, Constant]
+    measured: frozenset[str] = frozenset()
 
     def dims(self, name: str) -> Dims | None:
         """The shape at the first assignment, None where even the rank is unknown."""
@@ -76,13 +81,17 @@ class Shapes:
         """Whether the folded value is the same at both assignments."""
         if name in self.constants:
             return True
+        if name in self.measured:
+            return False
         a, b = self.first.values.get(name), self.second.values.get(name)
         return a is not None and (a is b or (b is not None and np.array_equal(a, b)))
 
     def is_fixed(self, name: str, axis: int) -> bool:
         """Whether axis `axis` has one length whatever the input."""
         a, b = self.first.dims.get(name), self.second.dims.get(name)
-        return a is not None and b is not None and len(a) == len(b) and a[axis] == b[axis]
+        if a is None or b is None or name in self.measured:
+            return False
+        return len(a) == len(b) and a[axis] == b[axis]
 
 
 def infer(graph: Graph) -> Shapes:
@@ -104,7 +113,18 @@ def infer(graph: Graph) -> Shapes:
         return best
     first = _at(graph, skeleton, sizes[0], cache, known=known[0])
     second = _at(graph, skeleton, sizes[1], cache, first, known[1])
-    return Shapes(first.found, second.found, first.types, graph.constants)
+    measured = _behind(graph, missing)
+    return Shapes(first.found, second.found, first.types, graph.constants, measured)
+
+
+def _behind(graph: Graph, names: Iterable[str]) -> frozenset[str]:
+    """`names`, and all that is computed from them."""
+    found = set(names)
+    for node in graph.nodes:
+        if not found.isdisjoint(reads(node.proto)):
+            found.update(node.outputs)
+            found.update(name for body in node.bodies for name in body.inputs)
+    return frozenset(found)
 
 
 def _free_dims(graph: Graph) -> dict[tuple[str, int], tuple[str, bool]]:

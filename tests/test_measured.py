@@ -37,8 +37,27 @@ def test_lengths_that_follow_data_are_not_fixed() -> None:
     found = infer(Graph.of(EXPERT))
     assert found.dims("g") is not None
     assert not found.is_fixed("g", 0)
-    assert found.is_fixed("g", 1)
     assert not found.is_fixed_value("shape")
+
+
+def test_a_length_that_a_limit_makes_the_same_is_not_fixed() -> None:
+    """At most two rows are taken: as many in every run on many rows, fewer on few."""
+    model = build(
+        "(float[N,6] x) => (float[M,4] y)",
+        """r = ReduceSum<keepdims=0>(x, axis)  far = Sub(r, r)  k = Greater(r, far)
+        n = NonZero(k)  i = Squeeze(n, nought)  top = Slice(i, nought, two)
+        g = Gather<axis=0>(x, top)  a = MatMul(g, w1)  s = Shape(a)  c = Gather(s, nought)
+        t = Concat<axis=0>(c, halves)  b = Reshape(a, t)  d = Transpose<perm=[0,2,1]>(b)
+        e = Reshape(d, s)  y = MatMul(e, w2)""",
+        "w1:6,8 w2:8,4 axis=1 nought=0 two=2 halves=2,4",
+    )
+    result = prune_half(model)
+    assert shapes(result.model)["w1"] == (6, 4)
+    assert result.error <= TOLERANCE
+    for rows in (1, 2, 9):
+        feeds = {"x": np.abs(np.random.default_rng(rows).normal(size=(rows, 6))).astype(np.float32)}
+        coupling, keep = result.analysis.coupling, result.keep
+        assert verify.twin_error(coupling, keep, result.model, [feeds]) <= TOLERANCE
 
 
 def test_a_model_that_does_not_run_keeps_its_shapes_unknown() -> None:
