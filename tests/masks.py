@@ -35,6 +35,28 @@ def mask_readers(
     return _masked(model, share, seed, makers=False)
 
 
+def spoiled(model: onnx.ModelProto, seed: int) -> onnx.ModelProto:
+    """Some slices of each weight zero, negative, or multiples of another slice."""
+    rng = np.random.default_rng(seed)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for tensor in copy.graph.initializer:
+        if tensor.data_type != onnx.TensorProto.FLOAT or not tensor.dims:
+            continue
+        array = np.array(numpy_helper.to_array(tensor))
+        positive = bool((array > 0).all())  # a variance, perhaps
+        for axis in (a for a, n in enumerate(array.shape) if n > 1):
+            slices = np.moveaxis(array, axis, 0)
+            part = slices[: rng.integers(0, len(slices) // 2 + 1)]
+            kind = rng.integers(0, 6)
+            if kind < 2:
+                part[:] = slices[-1] * (1, 2.5)[kind]
+            elif kind < 4 and not positive:
+                part[:] = (0, -np.abs(part))[kind - 2]
+        tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    return copy
+
+
 def _masked(
     model: onnx.ModelProto, share: float, seed: int, *, makers: bool
 ) -> tuple[onnx.ModelProto, int]:
