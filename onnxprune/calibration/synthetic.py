@@ -26,6 +26,8 @@ OFFSETS = (-0.5, 0.0, 0.25, 0.5, 1.0)
 SCALES = (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)
 #: How many BatchNormalizations the choice looks at, and on how many samples.
 NORMS, SAMPLES = 6, 32
+#: Pixels of all samples together, of which there are at least two.
+PIXELS = 200_000
 _SMALLEST_IMAGE = 8
 
 
@@ -114,18 +116,22 @@ def choose(
     threads: int | None = None,
 ) -> Style:
     """The style whose statistics are nearest to the recorded ones."""
-    base = runtime.random_feeds(model.proto, seed=seed, batch=SAMPLES)
+    base = runtime.random_feeds(model.proto, seed=seed, batch=1)
+    pixels = max(base[name].size for name in axes)
+    samples = int(np.clip(PIXELS // pixels, 2, SAMPLES))
+    base = runtime.random_feeds(model.proto, seed=seed, batch=samples)
     last = max(model.maker[n.name] for n in norms if n.name in model.maker)
     names = [n.name for n in norms]
     part = model.part(model.nodes[: last + 1], base, names)
     session = runtime.session(part, threads=threads)
     best: tuple[float, Style] | None = None
-    for kind, offset, scale in itertools.product(KINDS, OFFSETS, SCALES):
-        style = Style(kind, offset, scale)
-        feeds = paint(base, axes, style, np.random.default_rng(seed))
-        distance = divergence(runtime.run(session, feeds, names), norms)
-        if best is None or distance < best[0]:
-            best = (distance, style)
+    for kind in KINDS:
+        plain = paint(base, axes, Style(kind, 0, 1), np.random.default_rng(seed))
+        for offset, scale in itertools.product(OFFSETS, SCALES):
+            feeds = plain | {n: (offset + scale * plain[n]).astype(base[n].dtype) for n in axes}
+            distance = divergence(runtime.run(session, feeds, names), norms)
+            if best is None or distance < best[0]:
+                best = (distance, Style(kind, offset, scale))
     assert best is not None
     return best[1]
 
