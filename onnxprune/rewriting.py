@@ -251,8 +251,9 @@ class Rewriter:
         value = self.shapes.value(name)
         count = len(after) if value is None else value.size
         where = list(axes) if axes is not None else list(range(len(after) - count, len(after)))
+        doubted = out in self.shapes.measured  # where no length counts as fixed
         fixed = [
-            axis < 0 or self.shapes.is_fixed(out, axis) or before[axis] != after[axis]
+            axis < 0 or self.shapes.is_fixed(out, axis) or (doubted and before[axis] != after[axis])
             for axis in where
         ]
         kept_one = [

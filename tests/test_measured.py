@@ -78,3 +78,18 @@ def test_counting_by_non_zero_is_folded() -> None:
     found = infer(Graph.of(model))
     np.testing.assert_array_equal(found.value("n"), [np.arange(8)])
     assert shapes(prune_half(model).model)["w2"] == (4, 4)
+
+
+def test_a_length_of_batch_and_channels_together_is_computed() -> None:
+    """Unfolding into patches puts batch, channels and rows into one axis (MobileViT)."""
+    model = build(
+        "(float[N,3,4,4] x) => (float[N,4,4,4] y)",
+        """a = Conv(x, w1)  s = Shape(a)  n = Gather(s, nought)  c = Gather(s, one)
+        m = Mul(n, c)  r = Mul(m, two)  t = Concat<axis=0>(r, patch)  p = Reshape(a, t)
+        q = Transpose<perm=[0,2,1,3]>(p)  u = Transpose<perm=[0,2,1,3]>(q)
+        h = Reshape(u, s)  y = Conv(h, w2)""",
+        "w1:8,3,1,1 w2:4,8,1,1 nought=0 one=1 two=2 patch=2,2,2",
+    )
+    result = prune_half(model)
+    assert shapes(result.model)["w1"][0] == 4
+    assert result.error <= TOLERANCE
