@@ -70,6 +70,15 @@ def evaluate(
     return {**errors.result(), **classes.result(), **likeness.result()}
 
 
+def points_lost(old: Mapping[str, float], new: Mapping[str, float]) -> tuple[str, float] | None:
+    """The task's metric, and how many points (1 is 0.01) it lost; None where there is none.
+
+    Without labels it is the agreement with the original, which agrees with itself in full.
+    """
+    name = next((m for m in ("accuracy", "agreement") if m in new), None)
+    return None if name is None else (name, 100 * (old.get(name, 1.0) - new[name]))
+
+
 @dataclass
 class Classes:
     """Counts by class, enough for accuracy, macro precision, recall and F1, and top-5."""

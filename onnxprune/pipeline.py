@@ -20,37 +20,33 @@ from onnxprune.analysis import (
     planned_frozen,
 )
 from onnxprune.calibration.inputs import Calibration
+from onnxprune.choosing import Chooser
 from onnxprune.cost import WEIGHT_TYPES
 from onnxprune.errors import (
     InvalidDataError,
     InvalidModelError,
     InvalidRecipeError,
     OnnxPruneError,
-    VerificationError,
 )
 from onnxprune.float32 import float32_copy, float32_feeds, needs_float32
 from onnxprune.granularity import Granularity
 from onnxprune.granularity import parse as parse_granularity
-from onnxprune.groups import Group, matching_units
+from onnxprune.groups import Group
+from onnxprune.loop import Attempt, Loop, Rebuilt, Trial
 from onnxprune.options import Options, Verified
 from onnxprune.plan import Plan, PlannedGroup, fingerprint
-from onnxprune.preparation import replay_lossless, scaled, without_dead
+from onnxprune.preparation import replay_lossless, without_dead
 from onnxprune.progress import Progress, Silent
-from onnxprune.rebuild import REPAIRS, calibrate, rebuild
+from onnxprune.rebuild import REPAIRS, calibrate, measure, rebuild
 from onnxprune.reporting import make_report
 from onnxprune.result import CheckReport, Inspection, Result
 from onnxprune.rewriting import Mask
-from onnxprune.scoring import default_criterion, rank_units
+from onnxprune.scoring import default_criterion
 from onnxprune.verify import (
     FLOAT32_NOTE,
     Feeds,
-    Verdict,
-    default_tolerance,
     difference,
-    examine,
-    find_faulty,
     structure_problems,
-    units_of,
 )
 
 if TYPE_CHECKING:
@@ -104,7 +100,7 @@ def prune(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Result:
-    """Prune a model to one budget, rebuild it where there is data, and check it.
+    """Prune a model to a budget, rebuild it where there is data, and check it.
 
     Args:
         model: path or ModelProto; it is left as it is.
@@ -129,7 +125,9 @@ def prune(
         repair: how accuracy is won back without labels and gradients; without `data`, with made-up
             inputs. "auto" takes what brings the outputs nearest to the original's.
         finetune: epochs of fine-tuning, with the original model as teacher.
-        max_drop: the largest loss of the task's metric, in points (1 is 0.01).
+        max_drop: the largest loss of the task's metric, in points (1 is 0.01). Where the budget
+            costs more, channels are given back, see `onnxprune.loop`; without a budget as many go
+            as this allows. If nothing keeps it, the last of `report.checks` fails.
         lossless: True needs no budget and then only removes what provably does not matter; before
             a budget that happens as well, where it can be checked; False leaves it out.
         check: False leaves out the comparison with the masked twin.
@@ -142,7 +140,9 @@ def prune(
     """
     from onnxprune.passes.select import Limits
 
-    budget = _budget(lossless, channels=channels, macs=macs, params=params, size_mb=size_mb)
+    _check_promise(max_drop, data if val is None else val)
+    given = {"channels": channels, "macs": macs, "params": params, "size-mb": size_mb}
+    budget = _budget(lossless, max_drop, given)
     _check_ranges(min_keep, round_to, scope, finetune, data)
     _check_repair(repair, data)
     options = Options(
@@ -165,31 +165,35 @@ def prune(
     with clock.stage("analyse", listener):
         whole = analyse(original, granularity=options.granularity)
         _check_prunable(whole)
-        options = replace(options, as_float32=needs_float32(original, threads))
+        if not budget.value and not whole.cost.macs(whole.everything):
+            budget = replace(budget, kind="params")
+        options = replace(options, budget=budget, as_float32=needs_float32(original, threads))
         feeds = _feeds(original, train, seed, threads, options.as_float32)
         analysis, first = without_dead(whole, lossless, feeds, options)
         calibration = calibrate(original, train, options)
         seen = calibration if isinstance(calibration, Calibration) else None
         options = replace(options, criterion=criterion or default_criterion(seen))
-    with clock.stage("prune", listener):
-        if budget.kind == "lossless":
-            train, verified = None, first
-        else:
-            options = replace(options, budget=scaled(budget, whole, analysis))
-            verified = _prune_verified(analysis, options, feeds, seen)
-            verified = replace(verified, notes=(*first.notes, *verified.notes))
-    plan = _plan(analysis, verified, replace(options, budget=budget))
+        old = measure(original, held_out, None, threads)
+
+    def rebuilt(verified: Verified) -> Rebuilt:
+        return rebuild(analysis, verified, calibration, train, held_out, options, listener)
+
+    trials: tuple[Trial, ...] = ()
+    if budget.kind == "lossless":
+        train = None
+        final = Attempt(budget, first, *rebuilt(first))
+    else:
+        with clock.stage("prune", listener):
+            chooser = Chooser(analysis, options, feeds, seen)
+        loop = Loop(chooser, whole, options, old, rebuilt, lambda s: clock.stage(s, listener))
+        final, trials = loop.run()
+        verified = replace(final.verified, notes=(*first.notes, *final.verified.notes))
+        final = replace(final, verified=verified)
+    plan = _plan(analysis, final.verified, replace(options, budget=final.budget))
     plan = replace(plan, model=fingerprint(original), lossless=analysis is not whole)
-    with clock.stage("rebuild", listener):
-        rebuilt, metrics, steps = rebuild(
-            analysis, verified, calibration, train, held_out, options, listener
-        )
     with clock.stage("check", listener):
-        options = replace(options, budget=budget)
-        report = make_report(
-            analysis, verified, rebuilt, held_out, options, feeds, metrics, steps, whole
-        )
-    return Result(rebuilt, plan, replace(report, seconds=dict(clock.seconds)))
+        report = make_report(analysis, final, options, feeds, whole, old, trials)
+    return Result(final.model, plan, replace(report, seconds=dict(clock.seconds)))
 
 
 def inspect(model: Source) -> Inspection:
@@ -280,14 +284,18 @@ def check(
 # -- stages ----------------------------------------------------------------------------------------
 
 
-def _budget(lossless: bool | None, **asked: float | None) -> Any:
+def _budget(
+    lossless: bool | None, max_drop: float | None, asked: Mapping[str, float | None]
+) -> Any:
     from onnxprune.passes.select import Budget, BudgetKind
 
-    given = {k.replace("_", "-"): v for k, v in asked.items() if v is not None}
+    given = {k: v for k, v in asked.items() if v is not None}
     if lossless and not given:
         return Budget("lossless", 1.0)
+    if max_drop is not None and not given:
+        return Budget("macs", 0.0)
     if len(given) != 1:
-        names = ", ".join(k.replace("_", "-") for k in asked)
+        names = ", ".join(asked)
         raise InvalidRecipeError(f"give exactly one budget of {names}; got {len(given)}")
     kind, value = next(iter(given.items()))
     if kind == "size-mb":
@@ -296,6 +304,15 @@ def _budget(lossless: bool | None, **asked: float | None) -> Any:
     elif not 0 < value <= 1:
         raise InvalidRecipeError(f"--{kind} {value:g} is out of range: a share must be in (0, 1]")
     return Budget(cast(BudgetKind, kind), float(value))
+
+
+def _check_promise(max_drop: float | None, data: Any) -> None:
+    if max_drop is None:
+        return
+    if not 0 <= max_drop <= 100:
+        raise InvalidRecipeError(f"--max-drop {max_drop:g}: must be in [0, 100] points")
+    if data is None:
+        raise InvalidRecipeError("--max-drop needs data to measure with: add --val SRC")
 
 
 def _check_ranges(min_keep: float, round_to: int, scope: str, finetune: int, data: Any) -> None:
@@ -367,88 +384,6 @@ def _feeds(
         if not real:
             raise
         return real
-
-
-def _prune_verified(
-    analysis: Analysis,
-    options: Options,
-    feeds: Sequence[Feeds],
-    calibration: Calibration | None,
-) -> Verified:
-    """Select and apply; where the result differs from its twin, keep the faulty groups, again."""
-    from onnxprune.passes.apply import Applied, apply_keep
-    from onnxprune.passes.select import select
-    from onnxprune.vocabulary import decided_rows
-
-    coupling = analysis.coupling
-    ranked = rank_units(analysis, options, calibration)
-    fixed = matching_units(coupling, options.keep)
-    stay, gone = decided_rows(coupling)
-    fixed = np.union1d(fixed, stay).astype(np.int32)
-    tolerance = default_tolerance(analysis.model, options.as_float32)
-    faulty: list[Group] = []
-    notes: list[str] = list(ranked.notes)
-
-    def judge(keep: Mask) -> Verdict:
-        return examine(
-            coupling, keep, analysis.model, feeds, tolerance, options.threads, options.as_float32
-        )
-
-    for _ in range(MAX_REPAIRS):
-        keep = select(
-            coupling,
-            analysis.groups,
-            ranked.scores,
-            analysis.cost,
-            options.budget,
-            options.limits,
-            fixed,
-            gone,
-            losses=ranked.losses,
-        )
-        if keep.all():
-            return Verified(keep, Applied(analysis.model, {}), None, (*notes, _nothing(options)))
-        if not options.check:
-            return Verified(keep, apply_keep(coupling, keep), None, tuple(notes))
-        verdict = judge(keep)
-        if verdict.applied is not None and verdict.sound:
-            report = _check_report(verdict, tolerance, feeds, faulty, options.as_float32)
-            return Verified(keep, verdict.applied, report, tuple(notes))
-        blamed = find_faulty(analysis.groups, keep, lambda k: judge(k).sound)
-        if not blamed:
-            raise VerificationError("; ".join(verdict.problems))
-        faulty += blamed
-        fixed = np.union1d(fixed, units_of(blamed)).astype(np.int32)
-        gone = np.setdiff1d(gone, fixed)
-        notes += [f"group {g.name} was kept: its pruning failed the check" for g in blamed]
-    raise VerificationError(f"the pruned model was still wrong after {MAX_REPAIRS} repairs")
-
-
-def _nothing(options: Options) -> str:
-    advice = "; --scope all reaches more" if options.limits.scope == "exact" else ""
-    return (
-        f"nothing was removed: the budget holds already, or no channel may go in --scope "
-        f"{options.limits.scope}{advice}; `onnxprune inspect --why` says what holds them"
-    )
-
-
-def _check_report(
-    verdict: Verdict,
-    tolerance: float,
-    feeds: Sequence[Feeds],
-    faulty: Sequence[Group],
-    as_float32: bool,
-) -> CheckReport:
-    return CheckReport(
-        passed=verdict.sound,
-        structure=verdict.error is not None,
-        max_error=verdict.error,
-        tolerance=tolerance,
-        feeds=len(feeds),
-        reference="the masked twin" + (FLOAT32_NOTE if as_float32 else ""),
-        problems=verdict.problems,
-        faulty=tuple(g.name for g in faulty),
-    )
 
 
 def _planned_keep(groups: Sequence[Group], plan: Plan, everything: Mask) -> Mask:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx
 
 from onnxprune.analysis import Analysis, analyse
@@ -13,6 +14,7 @@ from onnxprune.errors import OnnxPruneError
 from onnxprune.granularity import HEADS, Granularity
 from onnxprune.options import Options, Verified
 from onnxprune.result import CheckReport
+from onnxprune.rewriting import Mask
 from onnxprune.verify import Feeds
 
 if TYPE_CHECKING:
@@ -69,3 +71,20 @@ def scaled(budget: Budget, whole: Analysis, analysis: Analysis) -> Budget:
         return budget
     costs = [getattr(a.cost, budget.kind)(a.everything) for a in (whole, analysis)]
     return replace(budget, value=min(1.0, budget.value * costs[0] / max(costs[1], 1.0)))
+
+
+def budget_used(whole: Analysis, analysis: Analysis, keep: Mask, budget: Budget) -> float:
+    """What `keep` leaves, in terms of `budget`: a share of the whole model, or 10^6 bytes."""
+    from onnxprune.vocabulary import decided_rows
+
+    cost, full = analysis.cost, whole.cost
+    if budget.kind == "macs":
+        return cost.macs(keep) / max(full.macs(whole.everything), 1.0)
+    if budget.kind == "params":
+        return cost.params(keep) / max(full.params(whole.everything), 1.0)
+    if budget.kind == "size-mb":
+        return cost.size_mb(keep)
+    _, gone = decided_rows(analysis.coupling)
+    groups = [g for g in analysis.groups if not np.isin(g.units, gone).any()]
+    left = sum(int(keep[g.units].sum()) * g.width for g in groups)
+    return left / sum(g.size * g.width for g in groups) if groups else 1.0

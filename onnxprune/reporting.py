@@ -4,47 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 
 from onnxprune.analysis import Analysis, layer_rows, measured_cost
-from onnxprune.options import Options, Verified
-from onnxprune.rebuild import measure
+from onnxprune.loop import Attempt, Trial, shortfall, trail
+from onnxprune.metrics import points_lost
+from onnxprune.options import Options
+from onnxprune.preparation import budget_used
 from onnxprune.result import CheckReport, Cost, LayerRow, Report
 from onnxprune.rewriting import Mask
 from onnxprune.verify import Feeds, structure_problems
 
-if TYPE_CHECKING:
-    from onnxprune.data import Dataset
-
 
 def make_report(
     analysis: Analysis,
-    verified: Verified,
-    rebuilt: onnx.ModelProto,
-    held_out: Dataset | None,
+    final: Attempt,
     options: Options,
     feeds: Sequence[Feeds],
-    new: Mapping[str, float],
-    steps: Sequence[Mapping[str, Any]],
     whole: Analysis,
+    old: Mapping[str, float],
+    trials: Sequence[Trial] = (),
 ) -> Report:
-    """Everything measured; `new` are the rebuilt model's metrics, `steps` those on the way.
+    """Everything measured on the way to the `final` model.
 
-    `whole` is the analysis of the original, `analysis` that of what `verified` chose from.
+    `whole` is the analysis of the original and `old` its metrics; `analysis` is that of what the
+    final attempt chose from.
     """
     from onnxprune.passes.select import default_ranking
 
-    original, keep = whole.model, verified.keep
+    original, rebuilt, new = whole.model, final.model, final.metrics
+    verified, keep = final.verified, final.verified.keep
     before = measured_cost(whole, original, whole.everything)
     after = measured_cost(analysis, rebuilt, keep)
     checks = [c for c in (verified.report,) if c is not None]
-    old = measure(original, held_out, None, options.threads)
     before, after = _with_latency(original, rebuilt, before, after, feeds, options)
     if options.check:
-        checks.append(_behaviour(original, rebuilt, old, new, options, len(feeds)))
+        checks.append(_behaviour(original, rebuilt, old, new, options, len(feeds), len(trials)))
     target = options.budget
     return Report(
         before=replace(before, metrics=old),
@@ -52,8 +48,8 @@ def make_report(
         layers=_layers(whole, analysis, keep),
         budget={
             "kind": target.kind,
-            "target": target.value,
-            "reached": _reached(whole, analysis, keep, options),
+            "target": target.value or trials[0].reached,
+            "reached": budget_used(whole, analysis, keep, target),
         },
         options={
             "scope": options.limits.scope,
@@ -69,8 +65,13 @@ def make_report(
             "seed": options.seed,
         },
         checks=tuple(checks),
-        rebuild=tuple(steps),
-        notes=(*verified.notes, *(note for step in steps for note in step.get("notes", ()))),
+        rebuild=tuple(final.steps),
+        attempts=trail(trials),
+        notes=(
+            *verified.notes,
+            *shortfall(options, trials),
+            *(note for step in final.steps for note in step.get("notes", ())),
+        ),
         seconds={},
     )
 
@@ -90,22 +91,6 @@ def _layers(whole: Analysis, analysis: Analysis, keep: Mask) -> tuple[LayerRow, 
         )
         for row in rows
     )
-
-
-def _reached(whole: Analysis, analysis: Analysis, keep: Mask, options: Options) -> float:
-    from onnxprune.vocabulary import decided_rows
-
-    cost, full = analysis.cost, whole.cost
-    if options.budget.kind == "macs":
-        return cost.macs(keep) / max(full.macs(whole.everything), 1.0)
-    if options.budget.kind == "params":
-        return cost.params(keep) / max(full.params(whole.everything), 1.0)
-    if options.budget.kind == "size-mb":
-        return cost.size_mb(keep)
-    _, gone = decided_rows(analysis.coupling)
-    groups = [g for g in analysis.groups if not np.isin(g.units, gone).any()]
-    left = sum(int(keep[g.units].sum()) * g.width for g in groups)
-    return left / sum(g.size * g.width for g in groups) if groups else 1.0
 
 
 def _with_latency(
@@ -133,22 +118,13 @@ def _behaviour(
     new: Mapping[str, float],
     options: Options,
     feeds: int,
+    attempts: int,
 ) -> CheckReport:
     """Level 3: the finished model answers as the original does, within the asked budget."""
     problems = structure_problems(rebuilt, original)
     sound = not problems
-    metric = next((m for m in ("accuracy", "agreement") if m in new), None)
     if options.max_drop is not None:
-        if metric is None:
-            problems.append(
-                "--max-drop was given, but there is no metric: add --val data with labels"
-            )
-        else:
-            drop = 100 * (old.get(metric, 1.0) - new[metric])
-            if drop > options.max_drop + 1e-9:
-                problems.append(
-                    f"{metric} fell by {drop:.2f} points, more than --max-drop {options.max_drop:g}"
-                )
+        problems += _broken_promise(points_lost(old, new), options.max_drop, attempts)
     return CheckReport(
         passed=not problems,
         structure=sound,
@@ -160,3 +136,15 @@ def _behaviour(
         metrics=new,
         problems=tuple(problems),
     )
+
+
+def _broken_promise(lost: tuple[str, float] | None, limit: float, attempts: int) -> list[str]:
+    if lost is None:
+        return ["--max-drop was given, but there is no metric: add --val data with labels"]
+    metric, drop = lost
+    if drop <= limit + 1e-9:
+        return []
+    missed = f"{metric} fell by {drop:.2f} points, more than --max-drop {limit:g}"
+    if attempts < 2:
+        return [missed]
+    return [f"no model was found that keeps the promise in {attempts} attempts: {missed}"]

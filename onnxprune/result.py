@@ -63,7 +63,10 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a run measured; `to_json` is what `--report` writes."""
+    """Everything a run measured; `to_json` is what `--report` writes.
+
+    `attempts`: the models tried until a promise held, see `onnxprune.loop.Trial`; empty for one.
+    """
 
     before: Cost
     after: Cost
@@ -74,6 +77,7 @@ class Report:
     rebuild: tuple[Mapping[str, Any], ...]
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
+    attempts: tuple[Mapping[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""

@@ -38,7 +38,10 @@ NONE: Units = np.zeros(0, np.int32)
 
 @dataclass(frozen=True)
 class Budget:
-    """What must hold after pruning: a share in (0, 1], or a file size in 10^6 bytes."""
+    """What must hold after pruning: a share in (0, 1], or a file size in 10^6 bytes.
+
+    0: as little is left as the limits allow.
+    """
 
     kind: BudgetKind
     value: float
@@ -123,6 +126,8 @@ def select(
         counts = [_rounded(c, n, limits) for c, n in zip(choices, left, strict=True)]
         return _repair(coupling, _mask(base, choices, counts), scores)
 
+    if not budget.value:
+        return at(order.size)
     if measure(at(order.size)) > target * (1 + 1e-9):
         raise _unreachable(budget, measure(at(order.size)), measure(whole), limits)
     if measure(at(0)) <= target * (1 + 1e-9):

@@ -6,7 +6,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, JustifyMethod
@@ -54,6 +54,8 @@ def show_report(console: Console, report: Report, *, layers: bool = False) -> No
     if layers:
         _show_table(console, layer_table(console, report.layers))
     _show_table(console, cost_table(console, report.before, report.after))
+    if report.attempts:
+        _show_table(console, attempt_table(console, report.attempts))
     if report.rebuild:
         _show_table(console, rebuild_table(console, report.rebuild))
     for check in report.checks:
@@ -127,6 +129,21 @@ def rebuild_table(console: Console, steps: Sequence[Mapping[str, object]]) -> Ta
         known = {"step", *SHARES, *MEASURES}
         details = (_detail(*item) for item in step.items() if item[0] not in known)
         table.add_row(str(step.get("step", "")), *cells, ", ".join(filter(None, details)))
+    return table
+
+
+def attempt_table(console: Console, attempts: Sequence[Mapping[str, Any]]) -> Table:
+    """What was tried until the promise held, in order."""
+    metric_name = attempts[0]["metric"] or "metric"
+    heads = ("attempt", "budget", "left", "parameters", "MACs", metric_name, "drop", "promise")
+    table = _table(console, heads, left=0)
+    for number, row in enumerate(attempts, 1):
+        counts = (f"{row['params']:,}", f"{row['macs']:,}")
+        shares = (f"{row['budget']:.3f}", f"{row['reached']:.3f}")
+        drop = "-" if row["drop"] is None else f"{row['drop']:.2f} points"
+        value = _step_metric(metric_name, row["value"])
+        held = "kept" if row["passed"] else "missed"
+        table.add_row(str(number), *shares, *counts, value, drop, held)
     return table
 
 
