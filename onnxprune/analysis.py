@@ -188,11 +188,10 @@ def measured_cost(analysis: Analysis, model: onnx.ModelProto, keep: Mask) -> Cos
     return Cost(count_params(model), round(analysis.cost.macs(keep)), size_bytes(model))
 
 
-def inspection(model: onnx.ModelProto) -> Inspection:
+def inspection(analysis: Analysis) -> Inspection:
     """What can be pruned, what cannot, and why."""
-    analysis = analyse(model)
     return Inspection(
-        cost=measured_cost(analysis, model, analysis.everything),
+        cost=measured_cost(analysis, analysis.model, analysis.everything),
         layers=layer_rows(analysis, analysis.everything),
         groups=group_rows(analysis),
         frozen=frozen_axes(analysis),

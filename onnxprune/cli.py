@@ -202,6 +202,13 @@ Tolerance = Annotated[
 Why = Annotated[
     bool, typer.Option("--why", help="List every frozen axis, what froze it, and what that costs.")
 ]
+SensitivityOption = Annotated[
+    bool,
+    typer.Option(
+        "--sensitivity",
+        help="With --data: how much the outputs change when half of a group goes.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 # Read by `main` from the arguments, so that it also holds for errors while parsing.
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks (also: ONNXPRUNE_DEBUG=1).")]
@@ -298,6 +305,9 @@ def inspect(
     why: Why = False,
     layers: Layers = False,
     json: Json = False,
+    sensitivity: SensitivityOption = False,
+    data: Data = None,
+    threads: Threads = None,
     debug: Debug = False,
 ) -> int:
     """Show what a model costs, what can be pruned, and what is frozen and why."""
@@ -305,8 +315,10 @@ def inspect(
     from onnxprune.report.console import show_inspection, stdout_console
     from onnxprune.report.json import inspection_json
 
+    if sensitivity and data is None:
+        raise InvalidRecipeError("--sensitivity measures outputs: add --data SRC")
     with _about(source):
-        inspection = pipeline.inspect(source)
+        inspection = pipeline.inspect(source, data=data if sensitivity else None, threads=threads)
     if json:
         print(inspection_json(inspection), end="")
     else:

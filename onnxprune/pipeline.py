@@ -19,7 +19,7 @@ from onnxprune.analysis import (
     inspection,
     planned_frozen,
 )
-from onnxprune.calibration.inputs import Calibration
+from onnxprune.calibration.inputs import Calibration, from_data, limited
 from onnxprune.choosing import Chooser
 from onnxprune.cost import WEIGHT_TYPES
 from onnxprune.errors import (
@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 Source = str | os.PathLike[str] | onnx.ModelProto
 Scope = Literal["exact", "all"]
+#: Samples on which the sensitivity of groups is measured.
+SENSED = 256
 Repairing = Literal["auto", "none", "reconstruct", "moments", "bn", "bias"]
 MAX_REPAIRS = 8
 
@@ -196,9 +198,21 @@ def prune(
     return Result(final.model, plan, replace(report, seconds=dict(clock.seconds)))
 
 
-def inspect(model: Source) -> Inspection:
-    """Parameters, MACs, groups, and what is frozen and why."""
-    return inspection(io.load(model))
+def inspect(model: Source, *, data: Any = None, threads: int | None = None) -> Inspection:
+    """Parameters, MACs, groups, and what is frozen and why.
+
+    With `data`, which needs no labels, also how much each group matters to the outputs.
+    """
+    original = io.load(model)
+    analysis = analyse(original)
+    found, dataset = inspection(analysis), _open(data, original)
+    if dataset is None:
+        return found
+    from onnxprune.passes.sensitivity import Sensitivity
+
+    batches = limited(from_data(dataset, samples=SENSED), analysis.coupling).batches
+    rows = Sensitivity(threads=threads)(analysis.coupling, analysis.groups, batches)
+    return replace(found, sensitivity=rows)
 
 
 def apply(model: Source, plan: Plan) -> onnx.ModelProto:

@@ -119,8 +119,21 @@ class FrozenRow:
 
 
 @dataclass(frozen=True)
+class SensitivityRow:
+    """The relative squared change of the outputs when a group loses its `removed` least units.
+
+    `change` is None where it cannot be told.
+    """
+
+    group: str
+    units: int
+    removed: int
+    change: float | None
+
+
+@dataclass(frozen=True)
 class Inspection:
-    """What `inspect` knows of a model without changing it."""
+    """What `inspect` knows of a model without changing it; `sensitivity` where data was given."""
 
     cost: Cost
     layers: tuple[LayerRow, ...]
@@ -129,3 +142,4 @@ class Inspection:
     opset: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    sensitivity: tuple[SensitivityRow, ...] = ()

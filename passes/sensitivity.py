@@ -19,20 +19,11 @@ from onnxprune.errors import InvalidRecipeError
 from onnxprune.groups import Group
 from onnxprune.passes.apply import apply_keep
 from onnxprune.passes.score import Scores, score
+from onnxprune.result import SensitivityRow
 from onnxprune.verify import FAILURES
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
-
-
-@dataclass(frozen=True)
-class Sensed:
-    """One group: the relative squared change of the outputs; None where it cannot be told."""
-
-    group: str
-    units: int
-    removed: int
-    change: float | None
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ class Sensitivity:
         groups: Sequence[Group],
         batches: Sequence[Feeds],
         scores: Scores | None = None,
-    ) -> tuple[Sensed, ...]:
+    ) -> tuple[SensitivityRow, ...]:
         """One row for each group, the most sensitive first; the model is only read."""
         if scores is None:
             scores = score(coupling, "l2")
@@ -67,7 +58,7 @@ class Sensitivity:
             gone = group.units[np.argsort(scores[group.units], kind="stable")[:count]]
             change = self._change(coupling, gone, batches, wanted) if count else 0.0
             relative = None if change is None else change / max(spread, 1e-30)
-            rows.append(Sensed(group.name, group.size, count, relative))
+            rows.append(SensitivityRow(group.name, group.size, count, relative))
         return tuple(sorted(rows, key=lambda r: -(np.inf if r.change is None else r.change)))
 
     def _change(

@@ -98,6 +98,8 @@ def show_inspection(
     if layers:
         _show_table(console, _weights_table(console, inspection.layers))
     _show_groups(console, inspection.groups)
+    if inspection.sensitivity:
+        _show_table(console, sensitivity_table(console, inspection))
     if not inspection.frozen:
         console.print("frozen: nothing")
     elif why:
@@ -126,7 +128,7 @@ def rebuild_table(console: Console, steps: Sequence[Mapping[str, object]]) -> Ta
     table = _table(console, ("rebuilding step", *names, "details"), left=1)
     for step in steps:
         cells = [_step_metric(name, step.get(name)) for name in names]
-        known = {"step", *SHARES, *MEASURES}
+        known = {"step", "notes", *SHARES, *MEASURES}
         details = (_detail(*item) for item in step.items() if item[0] not in known)
         table.add_row(str(step.get("step", "")), *cells, ", ".join(filter(None, details)))
     return table
@@ -209,6 +211,19 @@ def reason_table(console: Console, frozen: Iterable[FrozenRow]) -> Table:
     kinds = [(_summary(kind, rows), len(rows)) for kind, rows in by_kind(frozen).items()]
     for row, count in sorted(kinds, key=lambda k: _price(k[0])):
         table.add_row(row.reason, f"{count:,}", f"{row.params:,}", f"{row.macs:,}")
+    return table
+
+
+def sensitivity_table(console: Console, inspection: Inspection) -> Table:
+    """How much the outputs change when a group alone is pruned, the most sensitive first."""
+    heads = ("sensitivity of group", "units", "removed", "output change", "parameters", "MACs")
+    table = _table(console, heads, left=1)
+    groups = {row.name: row for row in inspection.groups}
+    for row in inspection.sensitivity:
+        change = "cannot be told" if row.change is None else f"{100 * row.change:.3g} %"
+        counts = (f"{row.units:,}", f"{row.removed:,}")
+        cost = groups[row.group]
+        table.add_row(row.group, *counts, change, f"{cost.params:,}", f"{cost.macs:,}")
     return table
 
 
