@@ -228,7 +228,8 @@ def _written(
     """The nodes of one graph after pruning; those that did not change are those of the source."""
     overridden = {index for index, _ in edits.overrides}
     replaced = edits.gathers.keys() | edits.bypassed | edits.reshapes.keys()
-    replaced |= state.coupling.taken.keys()
+    if state.slices:  # a branch that never runs is in nobody's way before
+        replaced |= state.coupling.taken.keys()
     edited = edits.attributes.keys() | edits.dropped.keys()
     protos: list[onnx.NodeProto] = []
     for node in nodes:
