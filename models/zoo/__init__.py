@@ -8,16 +8,19 @@ doc_string is `fill MEAN STD`.
 
 from __future__ import annotations
 
+import json
 import tarfile
 import zlib
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 
 ARCHIVE = Path(__file__).with_name("skeletons.tar.xz")
+MANIFEST = Path(__file__).with_name("skeletons.json")
 
 
 @lru_cache(maxsize=1)
@@ -31,14 +34,25 @@ def _skeletons() -> dict[str, bytes]:
     return dict(sorted(found.items()))
 
 
+def manifest() -> list[dict[str, Any]]:
+    """One row for each model: name, family, exporter, opset, nodes, parameters, sha256."""
+    rows: list[dict[str, Any]] = json.loads(MANIFEST.read_text(encoding="utf-8"))
+    return rows
+
+
 def names() -> tuple[str, ...]:
     """The names of all models."""
     return tuple(_skeletons())
 
 
+def skeleton(name: str) -> bytes:
+    """The model `name` as it is stored, without its weights."""
+    return _skeletons()[name]
+
+
 def load(name: str) -> onnx.ModelProto:
     """The model `name` with weights, the same ones at every call."""
-    model = onnx.load_from_string(_skeletons()[name])
+    model = onnx.load_from_string(skeleton(name))
     for tensor in _tensors(model.graph):
         if tensor.doc_string.startswith("fill "):
             _fill(tensor)
