@@ -98,6 +98,12 @@ def test_what_removes_nothing_is_no_result() -> None:
     assert search(fake, 1.0, 1.0) == ()
 
 
+def test_below_what_removes_nothing_the_search_goes_on() -> None:
+    fake = Fake(lambda share: 0.0 if share >= 0.3 else 5.0)
+    trials = search(lambda budget: None if budget > 0.45 else fake(budget), 0.25, 1.0)
+    assert 0.3 <= min(t.reached for t in trials if t.passed) < 0.32
+
+
 def test_without_a_metric_nothing_is_given_back() -> None:
     nothing = Trial(0.5, 0.5, 1, 1, None, None, None, False)
     assert search(lambda _: nothing, 0.5, 1.0) == (nothing,)
@@ -182,6 +188,11 @@ class TestDigits:
         assert {t["metric"] for t in result.report.attempts} == {"agreement"}
         assert result.report.checks[-1].passed
         assert result.report.after.metrics["agreement"] >= 0.9
+
+    def test_rounding_leaves_few_choices_of_which_none_repeats(self) -> None:
+        attempts = run(channels=0.2, max_drop=0.5, round_to=32).report.attempts
+        left = [t["params"] for t in attempts]
+        assert 1 < len(set(left)) == len(left)
 
     def test_twice_the_same(self) -> None:
         first, second = (run(macs=0.2, max_drop=10) for _ in range(2))
