@@ -99,14 +99,20 @@ def _candidates(coupling: Coupling) -> Iterator[str]:
 
 
 def _cuts(rewriter: Rewriter, name: str) -> tuple[tuple[int, Mask], ...] | None:
-    """What stays along each axis; None where axes are cut jointly, or the shape is unknown."""
-    layout = rewriter.coupling.layouts.get(name, ())
-    if rewriter.shapes.dims(name) is None:
+    """What stays along each axis.
+
+    None where axes are cut jointly, where batch and channels share one, or the shape is unknown.
+    """
+    shapes, layout = rewriter.shapes, rewriter.coupling.layouts.get(name, ())
+    if shapes.dims(name) is None:
         return None
-    masks = [(block, rewriter.mask(block.labels)) for block in layout]
-    if any(block.joint and not mask.all() for block, mask in masks):
+    cut = [(b, m) for b in layout for m in (rewriter.mask(b.labels),) if not m.all()]
+    if any(block.joint for block, _ in cut):
         return None
-    return tuple((block.axes[0], mask) for block, mask in masks if not mask.all())
+    lasting = (shapes.is_fixed(name, block.axes[0]) for block, _ in cut)
+    if name not in shapes.measured and not all(lasting):
+        return None
+    return tuple((block.axes[0], mask) for block, mask in cut)
 
 
 def with_outputs(

@@ -133,6 +133,8 @@ def _one_difference(a: Any, b: Any) -> float:
         return np.inf
     scale = float(np.abs(b[fine]).max(initial=0.0))
     gap = float(np.abs(a[fine] - b[fine]).max(initial=0.0))
+    if gap < np.finfo(np.float32).tiny:  # below the smallest normal number nothing is exact
+        return 0.0
     return gap / scale if scale > 0 else gap
 
 

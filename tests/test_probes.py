@@ -9,7 +9,7 @@ from onnxprune import runtime, verify
 from onnxprune.analysis import analyse
 from onnxprune.errors import VerificationError
 from onnxprune.passes.apply import apply_keep
-from onnxprune.probes import are_telling, follow_inputs
+from onnxprune.probes import are_telling, follow_inputs, probes
 from tests.graphs import build, prune_half
 
 INTEGERS = """a = MatMul(x, w1)  b = Relu(a)  c = MatMul(b, w2)  d = Sub(c, far)
@@ -99,3 +99,24 @@ def test_wrong_weights_show_where_the_signal_fades_before_the_outputs() -> None:
     coupling, feeds = result.analysis.coupling, runtime.working_feeds(model)
     next(t for t in result.model.graph.initializer if t.name == "w2").raw_data = bytes(4 * 4 * 4)
     assert verify.twin_error(coupling, result.keep, result.model, feeds) > 0.1
+
+
+def test_batch_and_channels_in_one_axis_are_no_probe() -> None:
+    """The number of removed places follows the batch there: another batch has another mask."""
+    model = build(
+        "(float[N,3,2,2] x) => (int64[N,2,2] y)",
+        """a = Conv(x, w1)  b = Relu(a)  p = Reshape(b, apart)  q = Neg(p)  r = Reshape(q, back)
+        c = Conv(r, w2)  y = ArgMax<axis=1, keepdims=0>(c)""",
+        "w1:8,3,1,1 w2:4,8,1,1 apart=-1,2,2 back=-1,8,2,2",
+    )
+    result = prune_half(model)
+    names = {p.name for p in probes(result.analysis.coupling, result.keep, result.model)}
+    assert "b" in names
+    assert names.isdisjoint({"p", "q"})
+    assert result.error <= 1e-6
+
+
+def test_numbers_too_small_to_be_exact_do_not_differ() -> None:
+    tiny, other = np.array([1e-43], np.float32), np.array([2e-43], np.float32)
+    assert verify.difference([tiny], [other]) == 0
+    assert verify.difference([tiny * 0 + 1e-30], [other]) > 1
