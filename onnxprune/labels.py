@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from onnxprune.partition import Partition
+
 Labels = NDArray[np.int32]
 #: Votes of an axis along which another factor is pruned already.
 DECIDED = 1 << 20
@@ -162,41 +164,46 @@ class System:
 
     def solve(self) -> Solution:
         """Choose a factor for every product axis, and number the units."""
-        self._freeze_reserved()
+        partition = Partition(self.size)
+        self._freeze_reserved(partition)
         pending = list(self.factors)
         for stage in ("certain", "voted", "any"):
             again = True
             while pending and again:
-                pending, again = self._choose_some(pending, stage)
-        return self._number()
+                pending, again = self._choose_some(pending, stage, partition)
+        return self._number(partition)
 
-    def _choose_some(self, pending: Sequence[Factor], stage: str) -> tuple[list[Factor], bool]:
+    def _choose_some(
+        self, pending: Sequence[Factor], stage: str, partition: Partition
+    ) -> tuple[list[Factor], bool]:
         """Decide factors that do not bear on each other; those that wait, and whether for others.
 
         What one factor decides leaves others over the same labels or axes less to choose from: two
         groupings of the same channels must not contradict each other. The most bound go first.
         """
-        parts = _components(self.size, self._edges)
-        frozen = self._first_reasons(parts)
-        votes = self._count_votes(parts)
+        partition.update(self._edges)
+        parts, count = partition.part, partition.count
+        frozen = self._first_reasons(partition)
+        votes = self._count_votes(partition)
         found = [(f, *_choose(f, parts, frozen, votes, stage)) for f in pending]
         able = [
             (f, choice) for f, choice, n in sorted(found, key=lambda c: c[2]) if choice >= 0 < n
         ]
         bare = [(f, choice) for f, choice, n in found if n == 0]
-        live = np.where(frozen > 0, 0, np.arange(self.size, dtype=np.int32))
-        ready = bare + _independent(able, live[parts], self.size)
+        live = np.where(frozen > 0, 0, np.arange(count, dtype=np.int32))
+        ready = bare + _independent(able, live[parts], count)
         for factor, choice in ready:
             self._decide(factor, choice)
             self.prefer(factor.factors[choice], DECIDED)
         chosen = {id(factor) for factor, _ in ready}
         return [f for f in pending if id(f) not in chosen], len(ready) < len(able) + len(bare)
 
-    def _freeze_reserved(self) -> None:
+    def _freeze_reserved(self, partition: Partition) -> None:
         if not self._reserved:
             return
-        parts = _components(self.size, self._edges)
-        free = np.zeros(self.size, bool)
+        partition.update(self._edges)
+        parts = partition.part
+        free = np.zeros(partition.count, bool)
         for labels in self._claims:
             free[parts[labels]] = True
         for factor in self.factors:
@@ -216,46 +223,38 @@ class System:
                     other, factor.node, "kept whole: its channels are removed along another factor"
                 )
 
-    def _first_reasons(self, parts: Labels) -> Labels:
-        """For each component the first reason that froze it, 0 for none."""
-        first = np.full(self.size, np.iinfo(np.int32).max, np.int32)
-        for labels, why in self._frozen:
-            np.minimum.at(first, parts[labels], why)
+    def _first_reasons(self, partition: Partition) -> Labels:
+        """For each part the first reason that froze it, 0 for none."""
+        first = np.full(partition.count, np.iinfo(np.int32).max, np.int32)
+        if self._frozen:
+            labels, why = (np.concatenate(several) for several in zip(*self._frozen, strict=True))
+            np.minimum.at(first, partition.part[labels], why)
         first[first == np.iinfo(np.int32).max] = 0
         return first
 
-    def _count_votes(self, parts: Labels) -> Labels:
-        votes = np.zeros(self.size, np.int32)
-        for labels, weight in self._votes:
-            votes[parts[labels]] += weight
-        return votes
+    def _count_votes(self, partition: Partition) -> NDArray[np.int64]:
+        """The votes for each part: one voter counts once, however many of its labels it names."""
+        if not self._votes:
+            return np.zeros(partition.count, np.int64)
+        voter = np.repeat(np.arange(len(self._votes)), [v.size for v, _ in self._votes])
+        part = partition.part[np.concatenate([v for v, _ in self._votes])]
+        ballot = np.unique(voter * partition.count + part)
+        weight = np.array([w for _, w in self._votes])[ballot // partition.count]
+        votes = np.bincount(ballot % partition.count, weight, partition.count)
+        return votes.astype(np.int64)
 
-    def _number(self) -> Solution:
-        parts = _components(self.size, self._edges)
-        reasons = self._first_reasons(parts)
-        frozen_by = reasons[parts]
-        inexact = np.zeros(self.size, np.int32)
+    def _number(self, partition: Partition) -> Solution:
+        """Units are numbered as parts are: by their first label."""
+        partition.update(self._edges)
+        parts = partition.part
+        reasons = self._first_reasons(partition)
+        inexact = np.zeros(partition.count, np.int32)
         for labels, why in reversed(self._inexact):
             inexact[parts[labels]] = why
-        free = frozen_by == 0
+        free = reasons == 0
         free[0] = False
-        unit = np.zeros(self.size, np.int32)
-        _, first, inverse = np.unique(parts[free], return_index=True, return_inverse=True)
-        rank = np.argsort(np.argsort(first))
-        unit[free] = rank[inverse] + 1
-        return Solution(unit, frozen_by, inexact[parts])
-
-
-def _components(size: int, edges: Sequence[tuple[Labels, Labels]]) -> Labels:
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    if not edges:
-        return np.arange(size, dtype=np.int32)
-    a = np.concatenate([e[0] for e in edges])
-    b = np.concatenate([e[1] for e in edges])
-    graph = coo_array((np.ones(a.size, np.int8), (a, b)), shape=(size, size))
-    return connected_components(graph, directed=False)[1].astype(np.int32)
+        unit = np.where(free, np.cumsum(free), 0).astype(np.int32)
+        return Solution(unit[parts], reasons[parts], inexact[parts])
 
 
 def _independent(
@@ -308,7 +307,7 @@ def _rows(factor: Factor, axis: int, parts: Labels) -> tuple[Labels, Labels]:
 
 
 def _choose(
-    factor: Factor, parts: Labels, frozen: Labels, votes: Labels, stage: str
+    factor: Factor, parts: Labels, frozen: Labels, votes: Array, stage: str
 ) -> tuple[int, int]:
     """The axis of `factor` to prune along, and how many there are to choose from.
 
