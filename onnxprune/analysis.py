@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
+from onnx import TensorProto
 
 from onnxprune.bodies import separate_bodies
 from onnxprune.cost import WEIGHT_TYPES, CostModel, cost_model, count_params, size_bytes
 from onnxprune.coupling import Coupling, couple
 from onnxprune.granularity import HEADS, Granularity
-from onnxprune.graph import Graph, Node
+from onnxprune.graph import Graph, Node, head
 from onnxprune.groups import Group, find_groups
 from onnxprune.labels import Block
 from onnxprune.pause import collection_paused
@@ -38,16 +39,22 @@ class Analysis:
         return np.ones(self.coupling.solution.units, bool)
 
 
-def normalize(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with its local functions inlined and names unique over all bodies.
+def normalized(model: onnx.ModelProto) -> Graph:
+    """The index of `model`, its local functions inlined, names unique over all bodies.
 
-    The same object where there are neither functions nor bodies.
+    No weight outside of functions and bodies is copied.
     """
-    if model.functions:
-        from onnx import inliner
+    if not model.functions:
+        return separate_bodies(Graph.of(model))
+    from onnx import inliner
 
-        model = inliner.inline_local_functions(model)
-    return separate_bodies(model)
+    skeleton = head(model)
+    skeleton.graph.node.extend(model.graph.node)
+    names = (TensorProto(name=tensor.name) for tensor in model.graph.initializer)
+    skeleton.graph.initializer.extend(names)  # what functions define must not be called so
+    inlined = inliner.inline_local_functions(skeleton)
+    graph = Graph.of(inlined, model.graph.initializer)
+    return separate_bodies(graph.with_nodes(node.proto for node in graph.top))
 
 
 @collection_paused()
@@ -57,7 +64,7 @@ def analyse(model: onnx.ModelProto, *, granularity: Granularity = HEADS) -> Anal
     Raises:
         InvalidModelError: the graph is cyclic.
     """
-    graph = untie_vectors(fold_statics(Graph.of(normalize(model))))
+    graph = untie_vectors(fold_statics(normalized(model)))
     coupling = couple(graph, infer(graph), granularity=granularity)
     return Analysis(model, coupling, find_groups(coupling), cost_model(coupling))
 

@@ -7,25 +7,55 @@ node of that body.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx
 from onnx import helper
 
+from onnxprune.graph import Body, Graph
 from onnxprune.protos import bodies
 
 
-def separate_bodies(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with unique names; the same object where it has no bodies."""
-    if not any(True for node in model.graph.node for _ in bodies(node)):
-        return model
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    taken = set(_defined(copy.graph))
-    for node in copy.graph.node:
-        for body in bodies(node):
-            _rename(body, taken, {})
-    return copy
+def separate_bodies(graph: Graph) -> Graph:
+    """The graph with unique names; the same object where they are, as without bodies.
+
+    Nodes with bodies are copied, no other node and no weight outside of bodies.
+    """
+    found = [body for node in graph.nodes for body in node.bodies]
+    if not found or _is_separate(graph, found):
+        return graph
+    taken = _names(graph)
+    protos = []
+    for node in graph.top:
+        proto = node.proto
+        if node.bodies:
+            proto = onnx.NodeProto()
+            proto.CopyFrom(node.proto)
+            for body in bodies(proto):
+                _rename(body, taken, {})
+        protos.append(proto)
+    return graph.with_nodes(protos)
+
+
+def _names(graph: Graph) -> set[str]:
+    """What is defined outside of bodies."""
+    proto = graph.model.graph
+    taken = {value.name for value in proto.input} | {tensor.name for tensor in graph.initializers}
+    taken.update(tensor.values.name for tensor in proto.sparse_initializer)
+    taken.update(name for node in graph.top for name in node.outputs if name)
+    return taken
+
+
+def _is_separate(graph: Graph, found: Sequence[Body]) -> bool:
+    """Whether `_rename` would change nothing."""
+    taken = _names(graph)
+    for body in found:
+        own = list(dict.fromkeys(_defined(body.proto)))
+        made = {name for node in body.nodes for name in node.outputs}
+        if not taken.isdisjoint(own) or len(made.intersection(body.outputs)) < len(body.outputs):
+            return False
+        taken.update(own)
+    return True
 
 
 def _defined(graph: onnx.GraphProto) -> Iterator[str]:

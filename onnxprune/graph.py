@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from onnxprune.errors import InvalidModelError
-from onnxprune.protos import bodies, copy_fields, topological_order
+from onnxprune.protos import bodies, copy_fields, may_hold_graphs, topological_order
 
 Array = NDArray[Any]
 FLOATS = frozenset(
@@ -116,7 +118,7 @@ class Constant:
     dims: tuple[int, ...]
     dtype: int
     tensor: onnx.TensorProto
-    node: int | None = None
+    node: Node | None = field(default=None, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -159,8 +161,6 @@ class Graph:
     nodes: tuple[Node, ...]
     top: tuple[Node, ...]
     constants: Mapping[str, Constant]
-    producer: Mapping[str, Node]
-    uses: Mapping[str, tuple[tuple[int, int], ...]]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     opsets: Mapping[str, int]
@@ -176,7 +176,7 @@ class Graph:
             InvalidModelError: the graph has a cycle or a tensor that nothing produces.
         """
         own = model.graph.initializer if initializers is None else initializers
-        return cls._index(model, _read(model.graph), tuple(own))
+        return cls._index(model, _read(model.graph.node), tuple(own))
 
     @classmethod
     def _index(
@@ -184,22 +184,22 @@ class Graph:
         model: onnx.ModelProto,
         top: tuple[Node, ...],
         initializers: tuple[onnx.TensorProto, ...],
+        known: Mapping[str, Constant] = MappingProxyType({}),
     ) -> Graph:
+        """Index these parts; `known` are constants that were read before."""
         nodes: list[Node] = []
         _number(top, nodes)
         found = [body for node in nodes for body in node.bodies]
-        tensors = (initializers, *(body.proto.initializer for body in found))
-        constants = {t.name: _initializer(t) for several in tensors for t in several}
+        constants: dict[str, Constant] = {}
+        for several in (initializers, *(body.proto.initializer for body in found)):
+            for tensor in several:
+                name = tensor.name
+                constants[name] = known.get(name) or _initializer(tensor)
         for node in nodes:
             if node.op_type == "Constant" and node.domain == "":
-                value = _constant_node(node)
+                value = known.get(node.outputs[0]) or _constant_node(node)
                 if value is not None:
                     constants[value.name] = value
-        uses: dict[str, list[tuple[int, int]]] = {}
-        for node in nodes:
-            for slot, name in enumerate(node.inputs):
-                if name:
-                    uses.setdefault(name, []).append((node.index, slot))
         outputs = tuple(o.name for o in model.graph.output)
         return cls(
             model=model,
@@ -207,8 +207,6 @@ class Graph:
             nodes=tuple(nodes),
             top=top,
             constants=constants,
-            producer={name: node for node in nodes for name in node.outputs if name},
-            uses={name: tuple(where) for name, where in uses.items()},
             inputs=tuple(n for n in (i.name for i in model.graph.input) if n not in constants),
             outputs=outputs,
             opsets={
@@ -217,6 +215,21 @@ class Graph:
             leaving=frozenset(outputs).union(*(body.outputs for body in found)),
         )
 
+    @cached_property
+    def producer(self) -> Mapping[str, Node]:
+        """The node that makes a tensor."""
+        return {name: node for node in self.nodes for name in node.outputs if name}
+
+    @cached_property
+    def uses(self) -> Mapping[str, tuple[tuple[int, int], ...]]:
+        """Who reads a tensor: (position of the node, input slot)."""
+        uses: dict[str, list[tuple[int, int]]] = {}
+        for node in self.nodes:
+            for slot, name in enumerate(node.inputs):
+                if name:
+                    uses.setdefault(name, []).append((node.index, slot))
+        return {name: tuple(where) for name, where in uses.items()}
+
     def without(
         self, nodes: Set[int], tensors: Set[str], added: Iterable[onnx.TensorProto]
     ) -> Graph:
@@ -224,15 +237,15 @@ class Graph:
 
         It takes the nodes over: they get new positions, and this graph is used up.
         """
-        model = onnx.ModelProto()
-        copy_fields(self.model, model, {"graph"})
-        copy_fields(self.model.graph, model.graph, {"node", "initializer", "value_info"})
         made = {name for index in nodes for name in self.nodes[index].outputs}
-        recorded = self.model.graph.value_info
-        model.graph.value_info.extend(value for value in recorded if value.name not in made)
         top = tuple(node for node in self.top if node.index not in nodes)
         kept = (tensor for tensor in self.initializers if tensor.name not in tensors)
-        return Graph._index(model, top, (*kept, *added))
+        return Graph._index(head(self.model, made), top, (*kept, *added), self.constants)
+
+    def with_nodes(self, protos: Iterable[onnx.NodeProto]) -> Graph:
+        """The graph with these nodes outside of bodies in place of its own."""
+        top = _read(protos)
+        return Graph._index(head(self.model), top, self.initializers)
 
     def whole(self) -> onnx.ModelProto:
         """The model with all nodes and initializers: `model` itself where it has them."""
@@ -259,20 +272,30 @@ def _constant_node(node: Node) -> Constant | None:
     for attribute in node.proto.attribute:
         if attribute.name == "value":
             t = attribute.t
-            return Constant(name, tuple(t.dims), t.data_type, t, node.index)
+            return Constant(name, tuple(t.dims), t.data_type, t, node)
         if attribute.name in _VALUE_FIELDS:
             kind = np.int64 if "int" in attribute.name else np.float32
             value = np.asarray(helper.get_attribute_value(attribute), kind)
             tensor = numpy_helper.from_array(value, name)
-            return Constant(name, value.shape, tensor.data_type, tensor, node.index)
+            return Constant(name, value.shape, tensor.data_type, tensor, node)
     return None
 
 
-def _read(graph: onnx.GraphProto) -> tuple[Node, ...]:
-    """The nodes of `graph` in topological order, with those of the bodies in it."""
-    nodes = _topological([Node(proto) for proto in graph.node])
+def head(model: onnx.ModelProto, made: Set[str] = frozenset()) -> onnx.ModelProto:
+    """A copy without nodes, initializers, and what is recorded about the tensors in `made`."""
+    copy = onnx.ModelProto()
+    copy_fields(model, copy, {"graph"})
+    copy_fields(model.graph, copy.graph, {"node", "initializer", "value_info"})
+    recorded = model.graph.value_info
+    copy.graph.value_info.extend(value for value in recorded if value.name not in made)
+    return copy
+
+
+def _read(protos: Iterable[onnx.NodeProto]) -> tuple[Node, ...]:
+    """Nodes in topological order, with those of the bodies in them."""
+    nodes = _topological([Node(proto) for proto in protos])
     for node in nodes:
-        if any(True for _ in bodies(node.proto)):
+        if may_hold_graphs(node.domain, node.op_type):
             node.bodies = tuple(
                 _body(attribute.name, inner)
                 for attribute in node.proto.attribute
@@ -283,7 +306,7 @@ def _read(graph: onnx.GraphProto) -> tuple[Node, ...]:
 
 def _body(attribute: str, graph: onnx.GraphProto) -> Body:
     inputs, outputs = (tuple(v.name for v in values) for values in (graph.input, graph.output))
-    return Body(attribute, graph, _read(graph), inputs, outputs)
+    return Body(attribute, graph, _read(graph.node), inputs, outputs)
 
 
 def _number(own: Iterable[Node], nodes: list[Node]) -> None:
@@ -311,7 +334,12 @@ def _free_names(body: onnx.GraphProto) -> Iterator[str]:
 
 
 def _topological(nodes: Sequence[Node]) -> tuple[Node, ...]:
-    reads = [(*node.inputs, *captured_by(node.proto)) for node in nodes]
+    reads = [
+        (*node.inputs, *captured_by(node.proto))
+        if may_hold_graphs(node.domain, node.op_type)
+        else node.inputs
+        for node in nodes
+    ]
     order = topological_order([node.outputs for node in nodes], reads)
     if len(order) < len(nodes):
         stuck = nodes[min(set(range(len(nodes))) - set(order))]

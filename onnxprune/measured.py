@@ -40,15 +40,16 @@ def measure(graph: Graph, names: Sequence[str], sizes: tuple[Numbers, Numbers]) 
     """
     from onnxprune import runtime
 
-    if runtime.dies_on_empty(graph.model):
+    model = graph.whole()
+    if runtime.dies_on_empty(model):
         return None
     probed = onnx.ModelProto()
-    probed.CopyFrom(graph.model)
+    probed.CopyFrom(model)
     del probed.graph.output[:]
     probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     try:
         session = runtime.session(probed, optimize=False)
-        first, second = (list(_runs(session, graph.model, numbers)) for numbers in sizes)
+        first, second = (list(_runs(session, model, numbers)) for numbers in sizes)
     except OnnxPruneError:
         return None
     base = min(first, key=_empty)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +24,7 @@ def copy_fields(source: Any, target: Any, without: Iterable[str]) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _may_hold_graphs(domain: str, op_type: str) -> bool:
+def may_hold_graphs(domain: str, op_type: str) -> bool:
     """False for standard operators without graph attributes, which is nearly all of them."""
     try:
         schema = onnx.defs.get_schema(op_type, "" if domain == "ai.onnx" else domain)
@@ -36,7 +36,7 @@ def _may_hold_graphs(domain: str, op_type: str) -> bool:
 
 def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     """The graphs in a node's attributes."""
-    if not _may_hold_graphs(node.domain, node.op_type):
+    if not may_hold_graphs(node.domain, node.op_type):
         return
     for attribute in node.attribute:
         if attribute.HasField("g"):
@@ -61,7 +61,7 @@ def topological_order(makes: Sequence[Sequence[str]], reads: Sequence[Sequence[s
     on a cycle, and behind one, are left out.
     """
     made_by = {name: i for i, names in enumerate(makes) for name in names if name}
-    if all(made_by.get(name, -1) < i for i, names in enumerate(reads) for name in names):
+    if _is_ordered(made_by, reads):
         return list(range(len(makes)))
     sources = [{made_by[name] for name in names if name in made_by} for names in reads]
     followers: list[list[int]] = [[] for _ in makes]
@@ -79,3 +79,11 @@ def topological_order(makes: Sequence[Sequence[str]], reads: Sequence[Sequence[s
             if not waiting[follower]:
                 heapq.heappush(ready, follower)
     return order
+
+
+def _is_ordered(made_by: Mapping[str, int], reads: Sequence[Sequence[str]]) -> bool:
+    for i, names in enumerate(reads):
+        for name in names:
+            if made_by.get(name, -1) >= i:
+                return False
+    return True

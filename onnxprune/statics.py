@@ -72,7 +72,8 @@ def fold_statics(graph: Graph) -> Graph:
                 freed |= part.freed
     if not folded:
         return graph
-    gone |= {graph.producer[n].index for n in freed if graph.constants[n].node is not None}
+    holders = (graph.constants[name].node for name in freed)
+    gone |= {node.index for node in holders if node is not None}
     return graph.without(gone, freed, folded.values())
 
 
@@ -81,9 +82,10 @@ def _static_nodes(graph: Graph) -> list[Node]:
     known = graph.constants.keys() - {i.name for i in graph.model.graph.input}
     found: list[Node] = []
     for node in graph.top:
+        if not node.inputs or (node.inputs[0] and node.inputs[0] not in known):
+            continue
         if (
-            node.inputs
-            and all(not name or name in known for name in node.inputs)
+            all(not name or name in known for name in node.inputs)
             and node.domain in _DOMAINS
             and not node.op_type.startswith(_RANDOM)
             and not node.bodies
@@ -98,7 +100,8 @@ def _parts(graph: Graph) -> list[_Part]:
     static = _static_nodes(graph)
     if all(node.op_type in LAYOUT for node in static):
         return []
-    parts = (_part(graph, nodes) for nodes in _connected(graph, static))
+    readers = _readers(graph, static)
+    parts = (_part(graph, nodes, readers) for nodes in _connected(static))
     return [part for part in parts if part is not None and _has_weights(graph, part)]
 
 
@@ -106,8 +109,19 @@ def _has_weights(graph: Graph, part: _Part) -> bool:
     return any(graph.constants[name].is_float for name in _constants(graph, part.nodes))
 
 
-def _connected(graph: Graph, nodes: Sequence[Node]) -> list[list[Node]]:
+def _readers(graph: Graph, nodes: Sequence[Node]) -> Mapping[str, list[int]]:
+    """The positions of the nodes that read what `nodes` read and make."""
+    readers: dict[str, list[int]] = {n: [] for node in nodes for n in (*node.inputs, *node.outputs)}
+    for node in graph.nodes:
+        for name in node.inputs:
+            if name in readers:
+                readers[name].append(node.index)
+    return readers
+
+
+def _connected(nodes: Sequence[Node]) -> list[list[Node]]:
     """Nodes that pass values to each other, in the order of their first node."""
+    maker = {name: node.index for node in nodes for name in node.outputs if name}
     root = {node.index: node.index for node in nodes}
 
     def find(index: int) -> int:
@@ -118,9 +132,8 @@ def _connected(graph: Graph, nodes: Sequence[Node]) -> list[list[Node]]:
 
     for node in nodes:
         for name in node.inputs:
-            maker = graph.producer.get(name)
-            if maker is not None and maker.index in root:
-                a, b = sorted((find(maker.index), find(node.index)))
+            if name in maker:
+                a, b = sorted((find(maker[name]), find(node.index)))
                 root[b] = a
     parts: dict[int, list[Node]] = {}
     for node in nodes:
@@ -128,7 +141,9 @@ def _connected(graph: Graph, nodes: Sequence[Node]) -> list[list[Node]]:
     return list(parts.values())
 
 
-def _part(graph: Graph, nodes: Sequence[Node]) -> _Part | None:
+def _part(
+    graph: Graph, nodes: Sequence[Node], readers: Mapping[str, list[int]]
+) -> _Part | None:
     """The part that `nodes` are; None where nothing is computed, or a quantizer is among them."""
     if all(n.op_type in LAYOUT for n in nodes) or any("uantize" in n.op_type for n in nodes):
         return None
@@ -137,20 +152,20 @@ def _part(graph: Graph, nodes: Sequence[Node]) -> _Part | None:
         name
         for node in nodes
         for name in node.outputs
-        if name and (_read_outside(graph, name, inside) or name in graph.leaving)
+        if name and (_read_outside(readers[name], inside) or name in graph.leaving)
     ]
     if not results or any(name in graph.leaving for name in results):
         return None
     freed = {
         name
         for name in _constants(graph, nodes)
-        if not _read_outside(graph, name, inside) and name not in graph.leaving
+        if not _read_outside(readers[name], inside) and name not in graph.leaving
     }
     return _Part(tuple(nodes), tuple(dict.fromkeys(results)), frozenset(freed))
 
 
-def _read_outside(graph: Graph, name: str, inside: set[int]) -> bool:
-    return any(index not in inside for index, _ in graph.uses.get(name, ()))
+def _read_outside(readers: Sequence[int], inside: set[int]) -> bool:
+    return any(index not in inside for index in readers)
 
 
 def _batches(graph: Graph, parts: Sequence[_Part]) -> Iterator[list[_Part]]:

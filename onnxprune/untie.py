@@ -10,7 +10,6 @@ from __future__ import annotations
 import onnx
 
 from onnxprune.graph import Graph, Node
-from onnxprune.protos import copy_fields
 
 #: Operators on constants that keep a vector a vector.
 STEPS = frozenset(
@@ -33,7 +32,7 @@ def untie_vectors(graph: Graph) -> Graph:
     }
     if not any(len(graph.uses.get(n.outputs[0], ())) > 1 for n in shared.values()):
         return graph
-    return Graph.of(_with_copies(graph, shared))
+    return graph.with_nodes(_with_copies(graph, shared))
 
 
 def _vector_steps(graph: Graph) -> list[Node]:
@@ -53,7 +52,7 @@ def _vector_steps(graph: Graph) -> list[Node]:
     return found
 
 
-def _with_copies(graph: Graph, shared: dict[int, Node]) -> onnx.ModelProto:
+def _with_copies(graph: Graph, shared: dict[int, Node]) -> list[onnx.NodeProto]:
     """Backwards, so that a copy's own inputs are copied as well."""
     taken = {name for node in graph.nodes for name in (*node.inputs, *node.outputs)}
     taken |= graph.constants.keys() | {i.name for i in graph.model.graph.input}
@@ -70,12 +69,7 @@ def _with_copies(graph: Graph, shared: dict[int, Node]) -> onnx.ModelProto:
             for slot, name in enumerate(proto.input):
                 readers.setdefault(name, []).append((proto, slot))
         made += protos
-    source = graph.model
-    model = onnx.ModelProto()
-    copy_fields(source, model, {"graph"})
-    copy_fields(source.graph, model.graph, {"node"})
-    model.graph.node.extend(reversed(made))
-    return model
+    return made[::-1]
 
 
 def _copies(

@@ -158,10 +158,10 @@ def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _simplified(model: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     """Without layers that do nothing, and what reaches no output; how many nodes went."""
-    from onnxprune.analysis import normalize
+    from onnxprune.analysis import normalized
     from onnxprune.shapes import infer
 
-    copy = _copy(normalize(model))
+    copy = _copy(normalized(model).whole())
     graph = Graph.of(copy)
     tensors = len(copy.graph.initializer)
     count = remove_noops(copy, find_facts(graph, infer(graph)))

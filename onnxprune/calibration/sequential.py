@@ -74,7 +74,7 @@ class Repair:
     def __post_init__(self) -> None:
         """Index both models."""
         self.student = Editable(self.model, may_grow=self.may_grow)
-        self.teacher = Editable(self.rewriter.coupling.graph.model)
+        self.teacher = Editable(self.rewriter.coupling.graph.whole())
         self.rng = np.random.default_rng(self.seed)
 
     def run(self, progress: Progress | None = None) -> Repaired:
