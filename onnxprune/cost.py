@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from onnxprune import io, wire
 from onnxprune.coupling import Coupling
+from onnxprune.graph import Graph
 from onnxprune.labels import Labels
 from onnxprune.rewriting import Mask
 
@@ -84,7 +86,7 @@ class CostModel:
     shared: tuple[tuple[Labels, ...], ...]
     units: int
     param_bytes: float
-    other_bytes: float
+    graph: Graph
 
     def params(self, keep: Mask) -> float:
         """The number of weights that stay."""
@@ -93,6 +95,11 @@ class CostModel:
     def macs(self, keep: Mask) -> float:
         """Multiply-adds of one sample."""
         return float(self.macs_.terms(keep).sum())
+
+    @cached_property
+    def other_bytes(self) -> float:
+        """The file's size without its weights."""
+        return float(wire.graph_bytes(self.graph)) - _weight_bytes(self.graph)
 
     def size_mb(self, keep: Mask) -> float:
         """The file's size, in 10^6 bytes."""
@@ -133,19 +140,19 @@ def cost_model(coupling: Coupling) -> CostModel:
     params.append((float(untouched), []))
     macs = [(layer.macs / batch, layer.axes) for layer in coupling.layers]
     total = sum(size for size, _ in params) + sum(units[0].size for units in shared)
-    weight_bytes = sum(
-        _bytes(c.tensor, c.size)
-        for c in coupling.graph.constants.values()
-        if c.dtype in WEIGHT_TYPES
-    )
     return CostModel(
         params_=_Products.of(coupling, params),
         macs_=_Products.of(coupling, macs),
         shared=tuple(shared),
         units=coupling.solution.units,
-        param_bytes=weight_bytes / total if total else 0.0,
-        other_bytes=float(wire.graph_bytes(coupling.graph) - weight_bytes),
+        param_bytes=_weight_bytes(coupling.graph) / total if total else 0.0,
+        graph=coupling.graph,
     )
+
+
+def _weight_bytes(graph: Graph) -> float:
+    weights = (c for c in graph.constants.values() if c.dtype in WEIGHT_TYPES)
+    return sum(c.size * _BITS[c.dtype] / 8 for c in weights)
 
 
 def _copies(uses: tuple[Labels, ...], keep: Mask) -> int:
@@ -162,10 +169,6 @@ def samples_per_run(coupling: Coupling) -> int:
         if first and second and first[0] != second[0]:
             return first[0]
     return 1
-
-
-def _bytes(tensor: onnx.TensorProto, size: int) -> float:
-    return size * _BITS[tensor.data_type] / 8
 
 
 def count_params(model: onnx.ModelProto) -> int:

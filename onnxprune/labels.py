@@ -324,7 +324,7 @@ def _choose(
         row_dead = np.moveaxis(dead, axis, 0).reshape(own.size, -1).any(axis=1)
         own_parts = parts[np.maximum(own, 0)]
         alive = ~row_dead & (own > 0) & (frozen[own_parts] == 0)
-        units = np.unique(rows[alive].min(axis=1)).size
+        units = len(set(rows[alive].min(axis=1).tolist()))
         scores.append((units > 1, int(votes[own_parts[alive]].max(initial=0)), units))
     able = [s for s in scores if s[0]]
     if len(able) > 1 and (stage == "certain" or (stage == "voted" and not any(s[1] for s in able))):

@@ -8,9 +8,9 @@ input.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -20,16 +20,18 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 import onnxprune.vendor_fused  # noqa: F401  registers its shape rules
+from onnxprune.elementwise_shapes import BROADCAST, SAME, broadcast
 from onnxprune.folding import FOLD_LIMIT, FOLDS
 from onnxprune.graph import Constant, Graph, Node
 from onnxprune.measured import Numbers, measure
-from onnxprune.protos import bodies, reads
+from onnxprune.protos import reads
 from onnxprune.sequence_shapes import Elements, visit_sequence
+from onnxprune.skeleton import Skeleton
 from onnxprune.vendor import SHAPE_RULES, output_shapes
 
 Array = NDArray[Any]
 Dims = tuple[int, ...]
-DATA_LIMIT = 1024
+Kind = tuple[int, Dims | None]
 #: Operators that onnx's inference passes by: their first output has their first input's shape.
 SAME_SHAPE = frozenset(("GroupNormalization", "RMSNormalization", "RotaryEmbedding", "Swish"))
 #: With one Shape node among so many nodes or fewer, shapes are taken to be computed in the graph.
@@ -96,7 +98,7 @@ class Shapes:
 
 def infer(graph: Graph) -> Shapes:
     """Find the shape of every tensor of `graph`."""
-    skeleton, cache = _skeleton(graph), Cache()
+    skeleton, cache = Skeleton(graph), Cache()
     free = _free_dims(graph)
     tried: list[tuple[list[str], Shapes, tuple[Numbers, Numbers]]] = []
     for small, large in SIZES:
@@ -104,7 +106,7 @@ def infer(graph: Graph) -> Shapes:
         first = _at(graph, skeleton, sizes[0], cache)
         second = first if not free else _at(graph, skeleton, sizes[1], cache, first)
         found = Shapes(first.found, second.found, first.types, graph.constants)
-        tried.append((first.missing(), found, sizes))
+        tried.append((first.missing, found, sizes))
         if not tried[-1][0] or not free:
             break
     missing, best, sizes = min(tried, key=lambda t: len(t[0]))
@@ -149,48 +151,9 @@ def _assign(
     return {where: numbers[symbol] for where, (symbol, _) in free.items()}
 
 
-def _skeleton(graph: Graph) -> onnx.ModelProto:
-    """The model without large tensors' data and without recorded shapes."""
-    source = graph.model
-    model = onnx.ModelProto(ir_version=source.ir_version)
-    model.opset_import.extend(source.opset_import)
-    model.functions.extend(source.functions)
-    model.graph.name = source.graph.name or "graph"
-    model.graph.node.extend(node.proto for node in graph.top)
-    _drop_all_data(model.graph.node)
-    model.graph.input.extend(source.graph.input)
-    model.graph.output.extend(onnx.ValueInfoProto(name=o.name) for o in source.graph.output)
-    for constant in (graph.constants[tensor.name] for tensor in graph.initializers):
-        if constant.node is None:
-            small = constant.size <= DATA_LIMIT
-            model.graph.initializer.append(constant.tensor if small else _empty(constant.tensor))
-    return model
-
-
-def _drop_all_data(nodes: Iterable[onnx.NodeProto]) -> None:
-    for node in nodes:
-        if node.op_type == "Constant":
-            _drop_data(node)
-        for body in bodies(node):
-            _drop_all_data(body.node)
-            for tensor in body.initializer:
-                if math.prod(tensor.dims) > DATA_LIMIT:
-                    tensor.CopyFrom(_empty(tensor))
-
-
-def _drop_data(node: onnx.NodeProto) -> None:
-    for attribute in node.attribute:
-        if attribute.name == "value" and math.prod(attribute.t.dims) > DATA_LIMIT:
-            attribute.t.CopyFrom(_empty(attribute.t))
-
-
-def _empty(tensor: onnx.TensorProto) -> onnx.TensorProto:
-    return onnx.TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
-
-
 def _at(
     graph: Graph,
-    skeleton: onnx.ModelProto,
+    skeleton: Skeleton,
     numbers: Mapping[tuple[str, int], int],
     cache: Cache,
     base: Walk | None = None,
@@ -202,25 +165,30 @@ def _at(
     goes alone, and only what it leaves open is asked of onnx as well. `known` are shapes that were
     measured.
     """
-    for value in skeleton.graph.input:
+    inputs = _inputs(graph, numbers)
+    computed = sum(node.op_type == "Shape" for node in graph.top)
+    if computed * NODES_PER_SHAPE > len(graph.top):
+        walk = _walk(graph, inputs, (), cache, base, known)
+        if not walk.missing:
+            return walk
+    return _walk(graph, inputs, skeleton.inferred(inputs), cache, base, known)
+
+
+def _inputs(
+    graph: Graph, numbers: Mapping[tuple[str, int], int]
+) -> tuple[onnx.ValueInfoProto, ...]:
+    inputs = onnx.GraphProto(input=graph.model.graph.input).input
+    for value in inputs:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if (value.name, axis) in numbers:
                 dim.dim_value = numbers[value.name, axis]
-    computed = sum(node.op_type == "Shape" for node in graph.top)
-    if computed * NODES_PER_SHAPE > len(graph.top):
-        walk = _walk(graph, skeleton, cache, base, known)
-        if not walk.missing():
-            return walk
-    try:
-        inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
-    except Exception:  # the inference of one operator fails: the walk below goes on without
-        inferred = skeleton
-    return _walk(graph, inferred, cache, base, known)
+    return tuple(inputs)
 
 
 def _walk(
     graph: Graph,
-    inferred: onnx.ModelProto,
+    inputs: Iterable[onnx.ValueInfoProto],
+    recorded: Iterable[onnx.ValueInfoProto],
     cache: Cache,
     base: Walk | None,
     known: Mapping[str, tuple[Dims, int]],
@@ -228,17 +196,17 @@ def _walk(
     from onnxprune.body_shapes import visit_bodies
 
     walk = Walk(graph, base, visit_bodies, cache)
-    recorded = (*inferred.graph.value_info, *inferred.graph.output)
     walk.recorded = {v.name: v for v in recorded if v.name not in known}
-    for value in inferred.graph.input:
-        walk.note(value.name, value.type)
+    for value in inputs:
+        walk.note(value.name, _kind(value.type))
     for constant in graph.constants.values():
         walk.dims[constant.name] = constant.dims
         walk.types[constant.name] = constant.dtype
     for name, (dims, kind) in known.items():
         walk.dims[name], walk.types[name] = dims, kind
     for node in graph.top:
-        walk.visit(node)
+        if node.op_type != "Constant":
+            walk.visit(node)
     return walk
 
 
@@ -246,7 +214,8 @@ def _walk(
 class Cache:
     """What onnx's inference said of an operator call: repeated blocks of a network are alike."""
 
-    outputs: dict[Any, list[onnx.TypeProto | None]] = field(default_factory=dict)
+    outputs: dict[Any, list[Kind | None]] = field(default_factory=dict)
+    attributes: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
     schemas: dict[tuple[str, str], onnx.defs.OpSchema | None] = field(default_factory=dict)
 
     def schema(self, node: Node, graph: Graph) -> onnx.defs.OpSchema | None:
@@ -258,6 +227,14 @@ class Cache:
             found = onnx.defs.get_schema(node.op_type, version or 1, node.domain) if known else None
             self.schemas[key] = found
         return self.schemas[key]
+
+    def attribute_key(self, node: Node) -> tuple[bytes, ...]:
+        """What tells the node's attributes from those of others."""
+        key = self.attributes.get(node.index)
+        if key is None:
+            key = tuple(a.SerializeToString() for a in node.proto.attribute)
+            self.attributes[node.index] = key
+        return key
 
 
 class Walk:
@@ -281,27 +258,26 @@ class Walk:
         self.sequences: dict[str, Elements] = {}
         self.found = Sizing(self.dims, self.values, self.sequences)
 
+    @cached_property
     def missing(self) -> list[str]:
-        """The tensors outside of bodies, sequences aside, whose shape is not known."""
+        """Tensors outside of bodies, sequences aside, whose shape the walk did not find."""
+        if self.graph.producer.keys() <= self.dims.keys():
+            return []
         names = (name for node in self.graph.top for name in node.outputs if name)
         return [name for name in names if name not in self.dims and name not in self.sequences]
 
-    def note(self, name: str, kind: onnx.TypeProto) -> None:
+    def note(self, name: str, kind: Kind | None) -> None:
         """Tensor `name` has this type, and this shape if it is complete."""
-        if not kind.HasField("tensor_type"):
-            return
-        tensor = kind.tensor_type
-        self.types[name] = tensor.elem_type
-        if tensor.HasField("shape"):
-            dims = [d.dim_value or (0 if d.HasField("dim_value") else -1) for d in tensor.shape.dim]
-            if -1 not in dims:
-                self.dims[name] = tuple(dims)
+        if kind is not None:
+            self.types[name], dims = kind
+            if dims is not None:
+                self.dims[name] = dims
 
     def _note_recorded(self, node: Node) -> None:
         for name in node.outputs:
             value = self.recorded.get(name)
             if value is not None:
-                self.note(name, value.type)
+                self.note(name, _kind(value.type))
 
     def forget(self, name: str) -> None:
         """What was found about `name` does not hold."""
@@ -339,12 +315,29 @@ class Walk:
             self._note_recorded(node)
         visit_sequence(self, node)
         if any(name and name not in self.dims for name in node.outputs):
+            if self._elementwise(node):
+                return
             self._infer(node)
             self._from_operands(node)
             source, out = node.input(0), node.outputs[0]
             if node.op_type in SAME_SHAPE and out not in self.dims and source in self.dims:
                 self.dims[out] = self.dims[source]
                 self.types[out] = self.types.get(source, onnx.TensorProto.FLOAT)
+
+    def _elementwise(self, node: Node) -> bool:
+        """Note the output of an operator that works element by element; False for others."""
+        if node.domain != "" or not (node.op_type in SAME or node.op_type in BROADCAST):
+            return False
+        given = [name for name in node.inputs if name]
+        if any(name not in self.dims or name not in self.types for name in given):
+            return False
+        dims: Dims | None = self.dims[given[0]]
+        if node.op_type in BROADCAST:
+            dims = broadcast(self.dims[given[0]], self.dims[given[1]])
+        if dims is None:
+            return False
+        self.note(node.outputs[0], (self.types[given[0]], dims))
+        return True
 
     def _apply_shape_rule(self, node: Node) -> None:
         present = [name for name in node.inputs if name]
@@ -450,16 +443,16 @@ class Walk:
             value = self.value(name) if name else None
             content = None if value is None else (value.dtype.str, value.shape, value.tobytes())
             given.append((self.types[name], self.dims[name], content) if name else None)
-        attributes = tuple(a.SerializeToString() for a in node.proto.attribute)
         present = tuple(map(bool, node.outputs))
+        attributes = self.cache.attribute_key(node)
         key = (node.op_type, node.domain, attributes, present, tuple(given))
         if key not in self.cache.outputs:
             self.cache.outputs[key] = self._ask(node, schema)
         for name, kind in zip(node.outputs, self.cache.outputs[key], strict=True):
-            if name and kind is not None:
+            if name:
                 self.note(name, kind)
 
-    def _ask(self, node: Node, schema: onnx.defs.OpSchema) -> list[onnx.TypeProto | None]:
+    def _ask(self, node: Node, schema: onnx.defs.OpSchema) -> list[Kind | None]:
         """What onnx infers for each output of the node."""
         names = {name for name in node.inputs if name}
         kinds = {n: helper.make_tensor_type_proto(self.types[n], self.dims[n]) for n in names}
@@ -480,4 +473,16 @@ class Walk:
             )
         except Exception:  # a node that cannot be inferred leaves its outputs unknown
             return [None] * len(node.outputs)
-        return [outputs.get(name) for name in node.outputs]
+        found = (outputs.get(name) for name in node.outputs)
+        return [None if kind is None else _kind(kind) for kind in found]
+
+
+def _kind(kind: onnx.TypeProto) -> Kind | None:
+    """Element type and, if it is complete, shape; None for what is no tensor."""
+    if not kind.HasField("tensor_type"):
+        return None
+    tensor = kind.tensor_type
+    if not tensor.HasField("shape"):
+        return tensor.elem_type, None
+    dims = [d.dim_value or (0 if d.HasField("dim_value") else -1) for d in tensor.shape.dim]
+    return tensor.elem_type, None if -1 in dims else tuple(dims)

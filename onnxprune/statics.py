@@ -141,9 +141,7 @@ def _connected(nodes: Sequence[Node]) -> list[list[Node]]:
     return list(parts.values())
 
 
-def _part(
-    graph: Graph, nodes: Sequence[Node], readers: Mapping[str, list[int]]
-) -> _Part | None:
+def _part(graph: Graph, nodes: Sequence[Node], readers: Mapping[str, list[int]]) -> _Part | None:
     """The part that `nodes` are; None where nothing is computed, or a quantizer is among them."""
     if all(n.op_type in LAYOUT for n in nodes) or any("uantize" in n.op_type for n in nodes):
         return None

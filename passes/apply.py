@@ -91,9 +91,7 @@ def apply_keep(coupling: Coupling, keep: Mask) -> Applied:
     """
     rewriter = Rewriter(coupling, keep)
     graph = coupling.graph
-    taken = {n for node in graph.nodes for n in (*node.inputs, *node.outputs)} | set(
-        graph.constants
-    )
+    taken = {*graph.uses, *graph.producer, *graph.constants}
     aliases: dict[str, list[str]] = {}
     for alias, name in coupling.aliases.items():
         aliases.setdefault(name, []).append(alias)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from onnxprune import runtime
-from onnxprune.analysis import normalize
+from onnxprune.analysis import normalized
 from onnxprune.branches import Branch, find_branches
 from onnxprune.data import Dataset
 from onnxprune.errors import BudgetError, InvalidRecipeError
@@ -103,7 +103,7 @@ class PruneLayers:
         if data is None:
             raise InvalidRecipeError("prune-layers needs data to calibrate on: give --data")
         batches = calibration_batches(data, self.samples)
-        original = current = normalize(model)
+        original = current = normalized(model).whole()
         listener = progress or Silent()
         listener.stage("prune-layers", self.layers)
         total = len(_branches(original))

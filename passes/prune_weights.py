@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from onnxprune.analysis import normalize
+from onnxprune.analysis import normalized
 from onnxprune.data import Dataset
 from onnxprune.editing import Edit
 from onnxprune.errors import InvalidRecipeError
@@ -114,7 +114,7 @@ class PruneWeights:
         if data is None and self.method != "magnitude":
             raise InvalidRecipeError(f"method {self.method} needs data to calibrate on")
         batches = [] if data is None else calibration_batches(data, self.samples)
-        run = _Run(self, normalize(model), Taps(batches, self.threads), progress or Silent())
+        run = _Run(self, normalized(model).whole(), Taps(batches, self.threads), progress or Silent())
         layers = run.prune()
         small = run.edit.model
         sizes = [compressed_bytes(m) for m in (model, small)]
