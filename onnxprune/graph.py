@@ -72,7 +72,8 @@ class Node:
         self.index = -1
         self.proto = proto
         self.op_type: str = proto.op_type
-        self.domain: str = "" if proto.domain == "ai.onnx" else proto.domain
+        domain = proto.domain
+        self.domain: str = "" if domain == "ai.onnx" else domain
         self.inputs: tuple[str, ...] = tuple(proto.input)
         self.outputs: tuple[str, ...] = tuple(proto.output)
         self.bodies: tuple[Body, ...] = ()

@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 from onnxprune.coupling import Coupling, Shuffle
 from onnxprune.errors import VerificationError
 from onnxprune.graph import Node
-from onnxprune.labels import Labels, Layout
+from onnxprune.labels import Block, Labels, Layout
 from onnxprune.shapes import Dims
 
 Array = NDArray[Any]
@@ -48,6 +48,7 @@ class Rewriter:
         self.shapes = coupling.shapes
         self.keep_label = keep[coupling.solution.unit]
         self.edits = Edits()
+        self._left: dict[int, tuple[Block, dict[int, int]]] = {}
         self._shuffles = {s.target: s for s in coupling.shuffles}
 
     # -- reading -----------------------------------------------------------------------------------
@@ -109,16 +110,24 @@ class Rewriter:
         """What is left of a tensor's shape, by its labels."""
         after = list(dims)
         for block in layout:
-            settled = self.coupling.settled.get(id(block)) if block.joint else None
-            if settled:
-                for axis, labels in settled[1].items():
-                    after[axis] = self.count(labels)
-                continue
-            mask = self.mask(block.labels)
-            for i, axis in enumerate(block.axes):
-                others = tuple(j for j in range(mask.ndim) if j != i)
-                after[axis] = int(mask.any(axis=others).sum())
+            known = self._left.get(id(block))
+            if known is None:
+                known = self._left[id(block)] = (block, self._lengths(block))
+            for axis, length in known[1].items():
+                after[axis] = length
         return tuple(after)
+
+    def _lengths(self, block: Block) -> dict[int, int]:
+        """How many indices are left along each axis of a block."""
+        settled = self.coupling.settled.get(id(block)) if block.joint else None
+        if settled:
+            return {axis: self.count(labels) for axis, labels in settled[1].items()}
+        mask = self.mask(block.labels)
+        if mask.ndim == 1:
+            return {block.axes[0]: int(np.count_nonzero(mask))}
+        others = [tuple(j for j in range(mask.ndim) if j != i) for i in range(mask.ndim)]
+        lengths = (int(mask.any(axis=rest).sum()) for rest in others)
+        return dict(zip(block.axes, lengths, strict=True))
 
     def value(self, node: Node, slot: int) -> Array | None:
         """The value of input `slot` where it does not depend on the input's size."""

@@ -9,7 +9,7 @@ input.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +24,7 @@ from onnxprune.elementwise_shapes import BROADCAST, SAME, broadcast
 from onnxprune.folding import FOLD_LIMIT, FOLDS
 from onnxprune.graph import Constant, Graph, Node
 from onnxprune.measured import Numbers, measure
+from onnxprune.operator_shapes import Cache, Kind, kind_of
 from onnxprune.protos import reads
 from onnxprune.sequence_shapes import Elements, visit_sequence
 from onnxprune.skeleton import Skeleton
@@ -31,7 +32,6 @@ from onnxprune.vendor import SHAPE_RULES, output_shapes
 
 Array = NDArray[Any]
 Dims = tuple[int, ...]
-Kind = tuple[int, Dims | None]
 #: Operators that onnx's inference passes by: their first output has their first input's shape.
 SAME_SHAPE = frozenset(("GroupNormalization", "RMSNormalization", "RotaryEmbedding", "Swish"))
 #: With one Shape node among so many nodes or fewer, shapes are taken to be computed in the graph.
@@ -73,6 +73,11 @@ class Shapes:
         if value is None and name in self.constants and self.constants[name].size <= FOLD_LIMIT:
             return self.constants[name].array()
         return value
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """The tensors of known shape, and the name of what is left out."""
+        return frozenset(("", *self.first.dims))
 
     def elements(self, name: str) -> Elements | None:
         """What a sequence holds, where its number of tensors does not follow the input."""
@@ -198,43 +203,24 @@ def _walk(
     walk = Walk(graph, base, visit_bodies, cache)
     walk.recorded = {v.name: v for v in recorded if v.name not in known}
     for value in inputs:
-        walk.note(value.name, _kind(value.type))
+        walk.note(value.name, kind_of(value.type))
     for constant in graph.constants.values():
         walk.dims[constant.name] = constant.dims
         walk.types[constant.name] = constant.dtype
     for name, (dims, kind) in known.items():
         walk.dims[name], walk.types[name] = dims, kind
+    same = {"", *graph.constants} if base else set()
+    same.update(v.name for v in inputs if base and walk.is_same(v.name))
     for node in graph.top:
-        if node.op_type != "Constant":
+        if node.op_type == "Constant":
+            continue
+        if base and not node.bodies and same.issuperset(node.inputs):
+            walk.copy(node)
+        else:
             walk.visit(node)
+        if base and known.keys().isdisjoint(node.outputs):
+            same.update(name for name in node.outputs if walk.is_same(name))
     return walk
-
-
-@dataclass(frozen=True)
-class Cache:
-    """What onnx's inference said of an operator call: repeated blocks of a network are alike."""
-
-    outputs: dict[Any, list[Kind | None]] = field(default_factory=dict)
-    attributes: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
-    schemas: dict[tuple[str, str], onnx.defs.OpSchema | None] = field(default_factory=dict)
-
-    def schema(self, node: Node, graph: Graph) -> onnx.defs.OpSchema | None:
-        """The definition of the node's operator; None where onnx has none."""
-        key = (node.domain, node.op_type)
-        if key not in self.schemas:
-            version = graph.opsets.get(node.domain)
-            known = version is not None and onnx.defs.has(node.op_type, version, node.domain)
-            found = onnx.defs.get_schema(node.op_type, version or 1, node.domain) if known else None
-            self.schemas[key] = found
-        return self.schemas[key]
-
-    def attribute_key(self, node: Node) -> tuple[bytes, ...]:
-        """What tells the node's attributes from those of others."""
-        key = self.attributes.get(node.index)
-        if key is None:
-            key = tuple(a.SerializeToString() for a in node.proto.attribute)
-            self.attributes[node.index] = key
-        return key
 
 
 class Walk:
@@ -277,7 +263,30 @@ class Walk:
         for name in node.outputs:
             value = self.recorded.get(name)
             if value is not None:
-                self.note(name, _kind(value.type))
+                self.note(name, kind_of(value.type))
+
+    def is_same(self, name: str) -> bool:
+        """Whether the other assignment gave tensor `name` this shape and value."""
+        assert self.base is not None
+        dims = self.dims.get(name)
+        return (
+            dims is not None
+            and dims == self.base.dims.get(name)
+            and self.values.get(name) is self.base.values.get(name)
+        )
+
+    def copy(self, node: Node) -> None:
+        """What the other assignment gave: the node reads nothing that is different here."""
+        assert self.base is not None
+        tables: tuple[tuple[dict[str, Any], Mapping[str, Any]], ...] = (
+            (self.dims, self.base.dims),
+            (self.values, self.base.values),
+            (self.sequences, self.base.sequences),
+        )
+        for name in node.outputs:
+            for mine, theirs in tables:
+                if name in theirs and name not in mine:
+                    mine[name] = theirs[name]
 
     def forget(self, name: str) -> None:
         """What was found about `name` does not hold."""
@@ -474,15 +483,4 @@ class Walk:
         except Exception:  # a node that cannot be inferred leaves its outputs unknown
             return [None] * len(node.outputs)
         found = (outputs.get(name) for name in node.outputs)
-        return [None if kind is None else _kind(kind) for kind in found]
-
-
-def _kind(kind: onnx.TypeProto) -> Kind | None:
-    """Element type and, if it is complete, shape; None for what is no tensor."""
-    if not kind.HasField("tensor_type"):
-        return None
-    tensor = kind.tensor_type
-    if not tensor.HasField("shape"):
-        return tensor.elem_type, None
-    dims = [d.dim_value or (0 if d.HasField("dim_value") else -1) for d in tensor.shape.dim]
-    return tensor.elem_type, None if -1 in dims else tuple(dims)
+        return [None if kind is None else kind_of(kind) for kind in found]

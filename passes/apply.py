@@ -213,8 +213,8 @@ def _write_graph(
     copy_fields(source, target, {"node", "initializer", "value_info"})
     for tensor in tensors:
         _put(target.initializer.add(), state.tensors.get(tensor.name, tensor))
-    _place_living(nodes, _written(state, edits, nodes, target), target)
-    _fill_constants(state, target)
+    living = _place_living(nodes, _written(state, edits, nodes, target), target)
+    _fill_constants(state, living, target)
     target.value_info.extend(v for v in source.value_info if v.name not in edits.unrecorded)
     for values in (target.value_info, target.input, target.output):
         _write_values(state, values)
@@ -297,13 +297,11 @@ def _write_body(state: _State, edits: Edits, body: Body, target: onnx.GraphProto
     _write_graph(state, edits, body.nodes, body.proto, body.proto.initializer, target)
 
 
-def _fill_constants(state: _State, graph: onnx.GraphProto) -> None:
+def _fill_constants(state: _State, living: Sequence[Node | None], graph: onnx.GraphProto) -> None:
     """Cut weights that Constant nodes hold go where they came from."""
-    constants = state.coupling.graph.constants
-    if all(constants[name].node is None for name in state.tensors):
-        return
-    for proto in graph.node:
-        if proto.op_type == "Constant" and proto.output[0] in state.tensors:
+    for position, node in enumerate(living):
+        if node is not None and node.op_type == "Constant" and node.outputs[0] in state.tensors:
+            proto = graph.node[position]
             del proto.attribute[:]
             attribute = proto.attribute.add(name="value", type=onnx.AttributeProto.TENSOR)
             _put(attribute.t, state.tensors[proto.output[0]])
@@ -379,15 +377,17 @@ def _write_values(state: _State, values: Iterable[onnx.ValueInfoProto]) -> None:
 
 def _place_living(
     before: Sequence[Node], after: Sequence[onnx.NodeProto], graph: onnx.GraphProto
-) -> None:
+) -> list[Node | None]:
     """Put the nodes in, without those that only replaced parts used, and drop their initializers.
 
-    What was unused before is none of our business.
+    What was unused before is none of our business. The result says of each node put in which one it
+    was before, if it did not change.
     """
     known = {id(node.proto): node for node in before}
     used = {value.name for value in graph.output}
     used_before = used.union(*map(_reads, before))
-    living = []
+    living: list[onnx.NodeProto] = []
+    nodes: list[Node | None] = []
     for proto in reversed(after):
         node = known.get(id(proto))
         outputs = proto.output if node is None else node.outputs
@@ -395,11 +395,13 @@ def _place_living(
             continue
         used.update(reads(proto) if node is None else _reads(node))
         living.append(proto)
+        nodes.append(node)
     graph.node.extend(reversed(living))
     inputs = {value.name for value in graph.input}
     for i, name in reversed(list(enumerate(tensor.name for tensor in graph.initializer))):
         if name not in used and name in used_before and name not in inputs:
             del graph.initializer[i]
+    return nodes[::-1]
 
 
 def _reads(node: Node) -> Iterable[str]:

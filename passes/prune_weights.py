@@ -114,7 +114,9 @@ class PruneWeights:
         if data is None and self.method != "magnitude":
             raise InvalidRecipeError(f"method {self.method} needs data to calibrate on")
         batches = [] if data is None else calibration_batches(data, self.samples)
-        run = _Run(self, normalized(model).whole(), Taps(batches, self.threads), progress or Silent())
+        run = _Run(
+            self, normalized(model).whole(), Taps(batches, self.threads), progress or Silent()
+        )
         layers = run.prune()
         small = run.edit.model
         sizes = [compressed_bytes(m) for m in (model, small)]

@@ -89,9 +89,8 @@ def interpret_node(state: Interpreter, node: Node) -> None:
                 state.freeze(node, block.labels, f"used inside the body of {node.title}")
         state.lose(node)
         return
-    if not entry.partial and any(
-        name and state.shapes.dims(name) is None for name in (*node.inputs, *node.outputs)
-    ):
+    known = state.shapes.known
+    if not entry.partial and not (known.issuperset(node.inputs) and known.issuperset(node.outputs)):
         for slot in range(len(node.inputs)):
             state.freeze_input(node, slot, f"a shape around {node.title} is unknown")
         state.lose(node)

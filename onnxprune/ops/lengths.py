@@ -36,12 +36,12 @@ def follow(state: Interpreter, node: Node) -> bool:
     if node.op_type in ("Shape", "Size") and node.domain == "":
         _shape(state, node)
         return True
-    tainted = [s for s, name in enumerate(node.inputs) if name in state.lengths]
     out = node.outputs[0]
     integer = state.shapes.types.get(out) in _INTEGERS
-    if not tainted:
+    if state.lengths.keys().isdisjoint(node.inputs):
         known = integer and state.shapes.value(out) is not None
         return known and not _has_labels(state, node) and not _is_static(state, node)
+    tainted = [s for s, name in enumerate(node.inputs) if name in state.lengths]
     if node.op_type == "Split" and node.domain == "" and tainted == [0] and integer:
         _split(state, node)
         return True
@@ -66,7 +66,9 @@ def _keep_old(state: Interpreter, node: Node, slot: int) -> None:
 
 
 def _has_labels(state: Interpreter, node: Node) -> bool:
-    return any(state.layouts.get(name) for name in node.inputs)
+    return not state.layouts.keys().isdisjoint(node.inputs) and any(
+        state.layouts.get(name) for name in node.inputs
+    )
 
 
 def _is_static(state: Interpreter, node: Node) -> bool:

@@ -34,9 +34,9 @@ READERS = frozenset(
 
 def follow(state: Interpreter, node: Node) -> None:
     """Pass numbers on to the outputs of `node`, or freeze what they number."""
-    slots = [s for s, name in enumerate(node.inputs) if name in state.numbers]
-    if not slots:
+    if state.numbers.keys().isdisjoint(node.inputs):
         return
+    slots = [s for s, name in enumerate(node.inputs) if name in state.numbers]
     kinds = [state.numbers[node.inputs[s]] for s in slots]
     carried = CARRIERS.get(node.op_type, ()) if node.domain == "" else ()
     if carried is None and len(slots) == len(node.inputs):
