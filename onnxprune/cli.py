@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,13 +17,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from onnxprune import commands
-from onnxprune.errors import InvalidModelError, InvalidRecipeError, OnnxPruneError
+from onnxprune.errors import InvalidRecipeError, OnnxPruneError
 
 if TYPE_CHECKING:
     from onnxprune.plan import Plan
     from onnxprune.report.outputs import Outputs
     from onnxprune.result import Result
 
+_UNREPAIRED = (
+    "a plan of prune says what goes; weights that were repaired or fine-tuned afterwards are in "
+    "the model that prune wrote, not in its plan"
+)
 FINE, FAILED, USAGE, INTERNAL, INTERRUPTED = 0, 1, 2, 3, 130
 
 app = typer.Typer(
@@ -269,7 +272,7 @@ def prune(
     if max_drop is not None and no_check:
         raise InvalidRecipeError("--max-drop needs the checks: leave out --no-check")
     outputs = Outputs(target, plan, report)
-    with progress(quiet) as listener, _about(source):
+    with progress(quiet) as listener, commands.about(source):
         result = pipeline.prune(
             source,
             channels=channels,
@@ -317,7 +320,7 @@ def inspect(
 
     if sensitivity and data is None:
         raise InvalidRecipeError("--sensitivity measures outputs: add --data SRC")
-    with _about(source):
+    with commands.about(source):
         inspection = pipeline.inspect(source, data=data if sensitivity else None, threads=threads)
     if json:
         print(inspection_json(inspection), end="")
@@ -339,7 +342,7 @@ def apply(
 
     outputs = Outputs(target)
     of_recipe = commands.recipe_plan(plan)
-    with _about(source):
+    with commands.about(source):
         if of_recipe is not None:
             from onnxprune.recipe import replay
 
@@ -347,6 +350,8 @@ def apply(
         else:
             model = pipeline.apply(source, _read_plan(plan))
     outputs.write(model)
+    if of_recipe is None:
+        print(f"note: {_UNREPAIRED}")
     print(f"wrote {outputs.names}")
     return FINE
 
@@ -451,17 +456,6 @@ def _version() -> str:
     from importlib.metadata import version
 
     return version("onnxprune")
-
-
-@contextmanager
-def _about(source: Path) -> Iterator[None]:
-    """Name the model in errors that do not: the library may not know where it came from."""
-    try:
-        yield
-    except InvalidModelError as error:
-        if source.name in str(error):
-            raise
-        raise InvalidModelError(f"{source}: {error}") from error
 
 
 def _read_plan(path: Path) -> Plan:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from onnxprune.errors import BudgetError, InvalidRecipeError
+from onnxprune.errors import BudgetError, InvalidModelError, InvalidRecipeError
 
 if TYPE_CHECKING:
     import onnx
+
+    from onnxprune.report.outputs import Outputs
 
 
 class Method(StrEnum):
@@ -96,6 +100,7 @@ def prune_weights(
     from onnxprune import io
     from onnxprune.passes.prune_weights import PruneWeights
     from onnxprune.report.console import stdout_console
+    from onnxprune.report.outputs import Outputs
     from onnxprune.report.progress import progress
     from onnxprune.report.steps import show_weights
     from onnxprune.sparse_file import with_sparse_initializers
@@ -110,13 +115,16 @@ def prune_weights(
         samples=samples,
         threads=threads,
     )
-    model = io.load(source)
-    with progress(quiet) as listener:
+    _check_promise(max_drop, val or data)
+    outputs = Outputs(target)
+    with about(source):
+        model = io.load(source)
+    with progress(quiet) as listener, about(source):
         result = options(model, _data(data, model), progress=listener)
     finished = with_sparse_initializers(result.model) if sparse_file else result.model
     metrics = _measured(model, finished, val or data, threads)
     show_weights(stdout_console(), model, finished, result, metrics)
-    return _written(finished, target, metrics, max_drop)
+    return _written(finished, outputs, metrics, max_drop)
 
 
 def prune_layers(
@@ -146,6 +154,7 @@ def prune_layers(
     from onnxprune import io
     from onnxprune.passes.prune_layers import PruneLayers
     from onnxprune.report.console import stdout_console
+    from onnxprune.report.outputs import Outputs
     from onnxprune.report.progress import progress
     from onnxprune.report.steps import show_layers
 
@@ -156,12 +165,15 @@ def prune_layers(
         samples=samples,
         threads=threads,
     )
-    model = io.load(source)
-    with progress(quiet) as listener:
+    _check_promise(max_drop, val or data)
+    outputs = Outputs(target)
+    with about(source):
+        model = io.load(source)
+    with progress(quiet) as listener, about(source):
         result = options(model, _data(data, model), progress=listener)
     metrics = _measured(model, result.model, val or data, threads)
     show_layers(stdout_console(), model, result, metrics, _latencies(model, result.model, threads))
-    return _written(result.model, target, metrics, max_drop)
+    return _written(result.model, outputs, metrics, max_drop)
 
 
 def run(
@@ -183,21 +195,20 @@ def run(
     from onnxprune.recipe import Recipe, run_recipe
     from onnxprune.report.console import stdout_console
     from onnxprune.report.json import dumps
+    from onnxprune.report.outputs import Outputs
     from onnxprune.report.progress import progress
     from onnxprune.report.steps import show_recipe
 
     asked = Recipe.load(recipe)
     asked = replace(asked, data=data or asked.data, val=val or asked.val)
-    with progress(quiet) as listener:
+    _check_promise(max_drop, asked.val or asked.data)
+    outputs = Outputs(target, plan)
+    with progress(quiet) as listener, about(source):
         result = run_recipe(source, asked, progress=listener)
     metrics = _measured(result.original, result.model, asked.val or asked.data, asked.threads)
     times = _latencies(result.original, result.model, asked.threads)
     show_recipe(stdout_console(), result, metrics, times)
-    code = _written(result.model, target, metrics, max_drop)
-    if plan is not None:
-        plan.write_text(dumps(result.plan), encoding="utf-8")
-        print(f"wrote plan {plan}")
-    return code
+    return _written(result.model, outputs, metrics, max_drop, plan=dumps(result.plan))
 
 
 def _latencies(before: onnx.ModelProto, after: onnx.ModelProto, threads: int | None) -> list[float]:
@@ -232,29 +243,54 @@ def _measured(
     ]
 
 
-def _written(
-    model: onnx.ModelProto, target: Path, metrics: list[dict[str, float]], max_drop: float | None
-) -> int:
-    """Write the model unless it misses what was asked for.
+def _check_promise(max_drop: float | None, data: str | None) -> None:
+    """Refuse a promise that could not be checked, before the work starts.
 
     Raises:
-        InvalidRecipeError: there is nothing to measure the promise with.
+        InvalidRecipeError: says what is wrong.
+    """
+    if max_drop is None:
+        return
+    if not 0 <= max_drop <= 100:
+        raise InvalidRecipeError(f"--max-drop {max_drop:g}: must be in [0, 100] points")
+    if data is None:
+        raise InvalidRecipeError("--max-drop needs data to measure with: add --val SRC")
+
+
+@contextmanager
+def about(source: Path) -> Iterator[None]:
+    """Name the model in errors that do not: the library may not know where it came from."""
+    try:
+        yield
+    except InvalidModelError as error:
+        if source.name in str(error):
+            raise
+        raise InvalidModelError(f"{source}: {error}") from error
+
+
+def _written(
+    model: onnx.ModelProto,
+    outputs: Outputs,
+    metrics: list[dict[str, float]],
+    max_drop: float | None,
+    *,
+    plan: str | None = None,
+) -> int:
+    """Write the files unless the model misses what was asked for.
+
+    Raises:
         BudgetError: the metric fell by more than `max_drop` points.
     """
-    from onnxprune import io
+    from onnxprune.metrics import points_lost
 
-    if max_drop is not None:
-        name = next((n for n in ("accuracy", "agreement") if n in metrics[1]), None)
-        if name is None:
-            raise InvalidRecipeError("--max-drop needs data to measure with: add --val SRC")
-        drop = 100 * (metrics[0].get(name, 1.0) - metrics[1][name])
-        if drop > max_drop + 1e-9:
-            raise BudgetError(
-                f"{name} fell by {drop:.2f} points, more than --max-drop {max_drop:g}; "
-                f"{target} is not written"
-            )
-    io.save(model, target)
-    print(f"wrote {target}")
+    lost = points_lost(*metrics)
+    if max_drop is not None and lost is not None and lost[1] > max_drop + 1e-9:
+        raise BudgetError(
+            f"{lost[0]} fell by {lost[1]:.2f} points, more than --max-drop {max_drop:g}; "
+            f"{outputs.names} not written"
+        )
+    outputs.write(model, plan=plan)
+    print(f"wrote {outputs.names}")
     return 0
 
 

@@ -42,9 +42,9 @@ def without_dead(
             raise
         return whole, replace(same, notes=(f"nothing was removed beforehand: {error}",))
     if not found.modified:
-        notes = ("no channel and no layer is without effect",) if wanted else ()
+        notes = ("no channel and no operator is without effect",) if wanted else ()
         return whole, replace(same, notes=notes)
-    words = f"removed without loss: {found.channels} channels and {found.layers} layers"
+    words = f"removed without loss: {found.channels} channels and {found.layers} operators"
     check = CheckReport(
         passed=True,
         structure=True,

@@ -16,6 +16,11 @@ from onnxprune.result import CheckReport, Cost, LayerRow, Report
 from onnxprune.rewriting import Mask
 from onnxprune.verify import Feeds, structure_problems
 
+#: Channels that ONNX Runtime computes at a time on most processors.
+BLOCK = 8
+#: Ratio of latencies that is no noise of the measurement.
+SLOWER = 1.1
+
 
 def make_report(
     analysis: Analysis,
@@ -71,6 +76,7 @@ def make_report(
             *verified.notes,
             *shortfall(options, trials),
             *(note for step in final.steps for note in step.get("notes", ())),
+            *_slower(before, after, options),
         ),
         seconds={},
     )
@@ -109,6 +115,19 @@ def _with_latency(
     sessions = [runtime.session(m, threads=options.threads) for m in (original, rebuilt)]
     times = runtime.latencies_ms([(s, feeds[0]) for s in sessions])
     return replace(before, latency_ms=times[0]), replace(after, latency_ms=times[1])
+
+
+def _slower(before: Cost, after: Cost, options: Options) -> tuple[str, ...]:
+    """What to do where a model that computes less takes longer."""
+    old, new = before.latency_ms, after.latency_ms
+    if old is None or new is None or new < SLOWER * old or options.limits.round_to >= BLOCK:
+        return ()
+    if after.macs >= before.macs:
+        return ()
+    return (
+        "it computes less but took longer: ONNX Runtime computes channels in blocks; "
+        f"--round-to {BLOCK} keeps whole ones",
+    )
 
 
 def _behaviour(

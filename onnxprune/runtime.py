@@ -238,7 +238,7 @@ def latency_ms(
     session: InferenceSession,
     feeds: Mapping[str, NDArray[Any]],
     *,
-    budget_s: float = 2.0,
+    budget_s: float = 0.5,
     min_runs: int = 5,
 ) -> float:
     """The median time of a run in ms, after two runs to warm up.
@@ -255,7 +255,7 @@ def latency_ms(
 def latencies_ms(
     runs: Sequence[tuple[InferenceSession, Mapping[str, NDArray[Any]]]],
     *,
-    budget_s: float = 2.0,
+    budget_s: float = 0.5,
     min_runs: int = 5,
 ) -> list[float]:
     """The median time in ms of each of several models, run in turns so that drift hits all alike.

@@ -61,9 +61,12 @@ class Editable:
         return {name for name, last in self._last.items() if last >= position}
 
     def part(
-        self, nodes: Sequence[onnx.NodeProto], feeds: Mapping[str, Array], outputs: Sequence[str]
+        self,
+        nodes: Sequence[onnx.NodeProto],
+        feeds: Sequence[Mapping[str, Array]],
+        outputs: Sequence[str],
     ) -> onnx.ModelProto:
-        """A model of some of the nodes, with the types of `feeds` for its inputs."""
+        """A model of some of the nodes, whose inputs have the types and shapes of `feeds`."""
         from onnxprune.calibration.walk import value_info
 
         model = onnx.ModelProto(ir_version=self.proto.ir_version)
@@ -75,7 +78,7 @@ class Editable:
         graph.node.extend(self.constants[n] for n in read if n in self.constants)
         graph.node.extend(nodes)
         graph.initializer.extend(self.tensors[n] for n in read if n in self.tensors)
-        graph.input.extend(value_info(name, array) for name, array in feeds.items())
+        graph.input.extend(value_info(name, [f[name] for f in feeds]) for name in feeds[0])
         graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         return model
 

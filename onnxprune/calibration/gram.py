@@ -89,7 +89,7 @@ def measure(
     build = _Builder()
     p, z = _operands(build, site, node, weight_shape, cuts, feeds[0])
     _sums(build, p, z, names)
-    inputs = [value_info(name, array) for name, array in feeds[0].items()]
+    inputs = [value_info(name, [f[name] for f in feeds]) for name in feeds[0]]
     inputs.append(helper.make_tensor_value_info("index", TensorProto.INT64, ["rows"]))
     outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names]
     graph = helper.make_graph(build.nodes, "moments", inputs, outputs, build.tensors)

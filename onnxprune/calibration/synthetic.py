@@ -122,7 +122,7 @@ def choose(
     base = runtime.random_feeds(model.proto, seed=seed, batch=samples)
     last = max(model.maker[n.name] for n in norms if n.name in model.maker)
     names = [n.name for n in norms]
-    part = model.part(model.nodes[: last + 1], base, names)
+    part = model.part(model.nodes[: last + 1], [base], names)
     session = runtime.session(part, threads=threads)
     best: tuple[float, Style] | None = None
     for kind in KINDS:

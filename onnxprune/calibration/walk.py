@@ -54,7 +54,7 @@ class Walk:
         outputs = sorted(made & needed)
         inputs = sorted({n for node in piece for n in reads(node)} & self._known() - made)
         if outputs:
-            model = self.model.part(piece, {n: self.held[0][n] for n in inputs}, outputs)
+            model = self.model.part(piece, [{n: h[n] for n in inputs} for h in self.held], outputs)
             session = runtime.session(model, threads=self.threads)
             for held in self.held:
                 held.update(runtime.run(session, {n: held[n] for n in inputs}, outputs))
@@ -78,8 +78,12 @@ class Walk:
                 del held[name]
 
 
-def value_info(name: str, array: Array) -> onnx.ValueInfoProto:
-    """The type of a tensor, with the rank of `array` and free dimensions."""
-    kind = helper.np_dtype_to_tensor_dtype(np.asarray(array).dtype)
-    dims = [f"{name}.{axis}" for axis in range(np.ndim(array))]
+def value_info(name: str, arrays: Sequence[Array]) -> onnx.ValueInfoProto:
+    """The type of a tensor with these values; dimensions in which they differ are free.
+
+    ONNX Runtime refuses a Resize whose sizes come in a vector of free length.
+    """
+    kind = helper.np_dtype_to_tensor_dtype(np.asarray(arrays[0]).dtype)
+    lengths = zip(*map(np.shape, arrays), strict=True)
+    dims = [of[0] if len(set(of)) == 1 else f"{name}.{axis}" for axis, of in enumerate(lengths)]
     return helper.make_tensor_value_info(name, kind, dims)

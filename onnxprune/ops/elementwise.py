@@ -81,7 +81,7 @@ VARIADIC = [
 ]
 
 
-@rule("Identity", "Cast", "CastLike", "BitCast", "Dropout", joint=True, partial=True)
+@rule("Identity", "Cast", "CastLike", "BitCast", "Dropout", partial=True)
 def carry(node: Node, c: Interpreter) -> None:
     """x[*D] -> y[*D], jointly labelled axes included"""
     if node.op_type == "Dropout" and _drops(node, c):

@@ -22,8 +22,8 @@ from onnxprune.vendor import MICROSOFT
 Array = NDArray[Any]
 
 
-@rule("QuantizeLinear", "DequantizeLinear", joint=True)
-@rule("QuantizeLinear", "DequantizeLinear", domain=MICROSOFT, joint=True)
+@rule("QuantizeLinear", "DequantizeLinear")
+@rule("QuantizeLinear", "DequantizeLinear", domain=MICROSOFT)
 def step(node: Node, c: Interpreter) -> None:
     """x[*D], scale, zero point -> y[*D]; parameters of one number, [D[axis]], or D in blocks"""
     rank = len(c.dims(node, 0))

@@ -27,7 +27,6 @@ class Entry:
 
     since: int
     rule: Rule
-    joint: bool
     partial: bool
 
 
@@ -39,19 +38,17 @@ def rule(
     *op_types: str,
     domain: str = "",
     since: int = 1,
-    joint: bool = False,
     partial: bool = False,
 ) -> Callable[[Rule], Rule]:
     """Register the rule of these operators.
 
-    `joint`: it passes jointly labelled axes on by itself. `partial`: it copes with shapes that are
-    unknown.
+    `partial`: it copes with shapes that are unknown.
     """
 
     def register(function: Rule) -> Rule:
         for op_type in op_types:
             entries = RULES.setdefault((domain, op_type), [])
-            entries.append(Entry(since, function, joint, partial))
+            entries.append(Entry(since, function, partial))
             entries.sort(key=lambda e: -e.since)
         return function
 

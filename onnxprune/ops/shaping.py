@@ -28,7 +28,7 @@ SIMULATION_LIMIT = 1 << 22
 MOVES = frozenset(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"))
 
 
-@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze", joint=True)
+@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def reshape(node: Node, c: Interpreter) -> None:
     """x[*D] -> y[*D'], the same elements in row-major order"""
     before, after = c.dims(node, 0), c.out_dims(node)
@@ -200,7 +200,7 @@ def rewrite_reshape(node: Node, r: Rewriter) -> None:
             r.set_attribute(node, "shape", new)
 
 
-@rule("Transpose", joint=True)
+@rule("Transpose")
 def transpose(node: Node, c: Interpreter) -> None:
     """x[*D] -> y[*D[perm]]"""
     rank = len(c.dims(node, 0))

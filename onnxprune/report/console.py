@@ -52,12 +52,12 @@ def stdout_console() -> Console:
 def show_report(console: Console, report: Report, *, layers: bool = False) -> None:
     """Print the before/after table, the checks, what each rebuilding step bought, and the notes."""
     if layers:
-        _show_table(console, layer_table(console, report.layers))
-    _show_table(console, cost_table(console, report.before, report.after))
+        show_table(console, layer_table(console, report.layers))
+    show_table(console, cost_table(console, report.before, report.after))
     if report.attempts:
-        _show_table(console, attempt_table(console, report.attempts))
+        show_table(console, attempt_table(console, report.attempts))
     if report.rebuild:
-        _show_table(console, rebuild_table(console, report.rebuild))
+        show_table(console, rebuild_table(console, report.rebuild))
     for check in report.checks:
         show_check(console, replace(check, metrics={}))  # the table above has them
     for note in report.notes:
@@ -91,26 +91,26 @@ def show_inspection(
     console: Console, inspection: Inspection, *, why: bool = False, layers: bool = False
 ) -> None:
     """Print what a model costs, what can be pruned, and what is frozen (with `why`, each axis)."""
-    table = _table(console, ("model", ""), left=2)
+    table = new_table(console, ("model", ""), left=2)
     for name, value in _facts(inspection):
         table.add_row(name, value)
-    _show_table(console, table)
+    show_table(console, table)
     if layers:
-        _show_table(console, _weights_table(console, inspection.layers))
+        show_table(console, _weights_table(console, inspection.layers))
     _show_groups(console, inspection.groups)
     if inspection.sensitivity:
-        _show_table(console, sensitivity_table(console, inspection))
+        show_table(console, sensitivity_table(console, inspection))
     if not inspection.frozen:
         console.print("frozen: nothing")
     elif why:
-        _show_table(console, frozen_table(console, inspection.frozen))
+        show_table(console, frozen_table(console, inspection.frozen))
     else:
-        _show_table(console, reason_table(console, inspection.frozen))
+        show_table(console, reason_table(console, inspection.frozen))
 
 
 def cost_table(console: Console, before: Cost, after: Cost) -> Table:
     """What the model costs and how well it does, before and after."""
-    table = _table(console, ("", "before", "after", "after/before"), left=1)
+    table = new_table(console, ("", "before", "after", "after/before"), left=1)
     table.add_row("parameters", *_row(before.params, after.params, "{:,}"))
     table.add_row("MACs", *_row(before.macs, after.macs, "{:,}"))
     size = (bytes_text(before.size_bytes), bytes_text(after.size_bytes))
@@ -125,7 +125,7 @@ def cost_table(console: Console, before: Cost, after: Cost) -> Table:
 def rebuild_table(console: Console, steps: Sequence[Mapping[str, object]]) -> Table:
     """How well the model does after each rebuilding step."""
     names = [name for name in STEP_METRICS if any(name in step for step in steps)]
-    table = _table(console, ("rebuilding step", *names, "details"), left=1)
+    table = new_table(console, ("rebuilding step", *names, "details"), left=1)
     for step in steps:
         cells = [_step_metric(name, step.get(name)) for name in names]
         known = {"step", "notes", *SHARES, *MEASURES}
@@ -138,7 +138,7 @@ def attempt_table(console: Console, attempts: Sequence[Mapping[str, Any]]) -> Ta
     """What was tried until the promise held, in order."""
     metric_name = attempts[0]["metric"] or "metric"
     heads = ("attempt", "budget", "left", "parameters", "MACs", metric_name, "drop", "promise")
-    table = _table(console, heads, left=0)
+    table = new_table(console, heads, left=0)
     for number, row in enumerate(attempts, 1):
         counts = (f"{row['params']:,}", f"{row['macs']:,}")
         shares = (f"{row['budget']:.3f}", f"{row['reached']:.3f}")
@@ -152,7 +152,7 @@ def attempt_table(console: Console, attempts: Sequence[Mapping[str, Any]]) -> Ta
 def layer_table(console: Console, layers: Sequence[LayerRow]) -> Table:
     """Every weighted node with its weight's shape, parameters and MACs, before and after."""
     heads = ("layer", "operator", "shape", "after", "params", "after", "MACs", "after")
-    table = _table(console, heads, left=4)
+    table = new_table(console, heads, left=4)
     for row in layers:
         shapes = (shape_text(row.shape_before), shape_text(row.shape_after))
         counts = (row.params_before, row.params_after, row.macs_before, row.macs_after)
@@ -169,7 +169,7 @@ def frozen_table(console: Console, frozen: Iterable[FrozenRow]) -> Table:
     Of axes that are frozen alike at many nodes only the first few have rows of their own.
     """
     heads = ("frozen", "axis", "by node", "reason", "parameters", "MACs")
-    table = _table(console, heads, left=4)
+    table = new_table(console, heads, left=4)
     rows: list[FrozenRow] = []
     axes: dict[int, str] = {}
     for kind, alike in by_kind(frozen).items():
@@ -207,7 +207,7 @@ def _summary(kind: str, rows: Sequence[FrozenRow]) -> FrozenRow:
 def reason_table(console: Console, frozen: Iterable[FrozenRow]) -> Table:
     """The reasons for which axes are frozen, the most costly first."""
     heads = ("frozen because (--why lists each)", "axes", "parameters", "MACs")
-    table = _table(console, heads, left=1)
+    table = new_table(console, heads, left=1)
     kinds = [(_summary(kind, rows), len(rows)) for kind, rows in by_kind(frozen).items()]
     for row, count in sorted(kinds, key=lambda k: _price(k[0])):
         table.add_row(row.reason, f"{count:,}", f"{row.params:,}", f"{row.macs:,}")
@@ -217,7 +217,7 @@ def reason_table(console: Console, frozen: Iterable[FrozenRow]) -> Table:
 def sensitivity_table(console: Console, inspection: Inspection) -> Table:
     """How much the outputs change when a group alone is pruned, the most sensitive first."""
     heads = ("sensitivity of group", "units", "removed", "output change", "parameters", "MACs")
-    table = _table(console, heads, left=1)
+    table = new_table(console, heads, left=1)
     groups = {row.name: row for row in inspection.groups}
     for row in inspection.sensitivity:
         change = "cannot be told" if row.change is None else f"{100 * row.change:.3g} %"
@@ -233,20 +233,20 @@ def _show_groups(console: Console, groups: Sequence[GroupRow]) -> None:
         console.print("groups: nothing can be pruned")
         return
     heads = ("group", "units", "width", "exact", "tensors", "parameters", "MACs")
-    table = _table(console, heads, left=1)
+    table = new_table(console, heads, left=1)
     for row in sorted(groups, key=_price)[:GROUPS_SHOWN]:
         counts = (row.params, row.macs)
         exact = "yes" if row.exact else "no"
         cells = (row.name, f"{row.units:,}", str(row.width), exact, str(len(row.tensors)))
         table.add_row(*cells, *(f"{count:,}" for count in counts))
-    _show_table(console, table)
+    show_table(console, table)
     if len(groups) > GROUPS_SHOWN:
         console.print(f"... and {len(groups) - GROUPS_SHOWN} more groups (--json lists all)")
 
 
 def _weights_table(console: Console, layers: Sequence[LayerRow]) -> Table:
     """Every weighted node of one model."""
-    table = _table(console, ("layer", "operator", "shape", "parameters", "MACs"), left=3)
+    table = new_table(console, ("layer", "operator", "shape", "parameters", "MACs"), left=3)
     for row in layers:
         counts = (f"{row.params_before:,}", f"{row.macs_before:,}")
         table.add_row(row.name, row.op_type, shape_text(row.shape_before), *counts)
@@ -273,7 +273,7 @@ def _facts(inspection: Inspection) -> list[tuple[str, str]]:
     return facts
 
 
-def _table(console: Console, heads: Sequence[str], *, left: int) -> Table:
+def new_table(console: Console, heads: Sequence[str], *, left: int) -> Table:
     """A table whose first `left` columns hold words and the others numbers."""
     piped = not console.is_terminal
     lines = box.MARKDOWN if piped else box.SIMPLE_HEAD
@@ -285,7 +285,7 @@ def _table(console: Console, heads: Sequence[str], *, left: int) -> Table:
     return table
 
 
-def _show_table(console: Console, table: Table) -> None:
+def show_table(console: Console, table: Table) -> None:
     """Print a table with an empty line behind it; piped, without blanks around it."""
     if console.is_terminal:
         console.print(table)

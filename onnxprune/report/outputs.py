@@ -47,8 +47,10 @@ class Outputs:
         kinds = (("", self.model), ("plan ", self.plan), ("report ", self.report))
         return ", ".join(f"{kind}{path}" for kind, path in kinds if path is not None)
 
-    def write(self, model: ModelProto, result: Result | None = None) -> None:
-        """Write all of the files or none.
+    def write(
+        self, model: ModelProto, result: Result | None = None, *, plan: str | None = None
+    ) -> None:
+        """Write all of the files or none; `plan` is the plan's text where there is no result.
 
         Raises:
             OnnxPruneError: one cannot be written.
@@ -57,12 +59,16 @@ class Outputs:
         from onnxprune.io import save
 
         with ExitStack() as stack:
-            for path, text in self._texts(result):
+            for path, text in (*self._texts(result), *self._given(plan)):
                 [temporary] = stack.enter_context(replacing(path))
                 with temporary.open("r+b") as stream:
                     stream.write(text.encode())
                     flush(stream)
             save(model, self.model)
+
+    def _given(self, plan: str | None) -> Iterator[tuple[Path, str]]:
+        if plan is not None and self.plan is not None:
+            yield self.plan, plan
 
     def _texts(self, result: Result | None) -> Iterator[tuple[Path, str]]:
         """The plan's and the report's file and what goes into it, where they were asked for."""

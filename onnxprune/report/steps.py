@@ -5,24 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from onnxprune.report.console import bytes_text, new_table, show_table
 
 if TYPE_CHECKING:
     import onnx
     from rich.console import Console
+    from rich.table import Table
 
     from onnxprune.passes.prune_layers import LayersResult
     from onnxprune.passes.prune_weights import WeightsResult
     from onnxprune.recipe import RecipeResult
-
-
-def _table(*columns: str) -> Table:
-    from rich import box
-
-    table = Table(box=box.MARKDOWN)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
-    return table
 
 
 def show_weights(
@@ -35,19 +27,23 @@ def show_weights(
     """Sparsity by layer, sizes, metrics, and what zeros are worth."""
     from onnxprune.passes.prune_weights import compressed_bytes
 
-    layers = _table("weight", "shape", "zeros", "output error", "")
+    noted = any(row.note for row in result.layers)
+    heads = ("weight", "shape", "zeros", "output error", *(["note"] if noted else []))
+    layers = new_table(console, heads, left=1)
     for row in result.layers:
         error = "-" if row.error is None else f"{row.error:.2%}"
         shape = "x".join(map(str, row.shape))
-        layers.add_row(row.name, shape, f"{row.sparsity:.1%}", error, row.note)
-    console.print(layers)
-    total = _table("", "before", "after")
-    total.add_row("zeros among layers", "", f"{result.sparsity:.1%}")
-    total.add_row("file", f"{before.ByteSize():,} B", f"{after.ByteSize():,} B")
-    sizes = (f"{compressed_bytes(m):,} B" for m in (before, after))
-    total.add_row("file, compressed by zlib", *sizes)
+        layers.add_row(
+            row.name, shape, f"{row.sparsity:.1%}", error, *([row.note] if noted else [])
+        )
+    show_table(console, layers)
+    total = new_table(console, ("", "before", "after"), left=1)
+    total.add_row("zeros in these weights", "", f"{result.sparsity:.1%}")
+    total.add_row("file size", *(bytes_text(m.ByteSize()) for m in (before, after)))
+    sizes = (bytes_text(compressed_bytes(m)) for m in (before, after))
+    total.add_row("compressed by zlib", *sizes)
     show_metrics(total, metrics)
-    console.print(total)
+    show_table(console, total)
     console.print(
         "note: ONNX Runtime computes with zeros as with any number, so the model is not faster; "
         "TensorRT gains from 2:4 on GPUs with sparse tensor cores. `prune` removes whole channels, "
@@ -67,17 +63,18 @@ def show_layers(
     """The branches that went, and what that changed."""
     from onnxprune.cost import count_params
 
-    rows = _table("dropped branch, by its first layer", "layers", "cosine", "output change", "by")
+    heads = ("dropped branch, by its first layer", "layers", "cosine", "output change", "by")
+    rows = new_table(console, heads, left=1)
     for row in result.dropped:
         numbers = (str(len(row.layers)), f"{row.similarity:.3f}", f"{row.output_error:.3f}")
         rows.add_row(row.layers[0], *numbers, row.replacement)
-    console.print(rows)
+    show_table(console, rows)
     console.print(f"{len(result.dropped)} of {result.candidates} branches dropped", highlight=False)
-    total = _table("", "before", "after")
+    total = new_table(console, ("", "before", "after"), left=1)
     total.add_row("parameters", *(f"{count_params(m):,}" for m in (before, result.model)))
     total.add_row("latency", *(f"{t:.3f} ms" for t in latencies_ms))
     show_metrics(total, metrics)
-    console.print(total)
+    show_table(console, total)
 
 
 def show_recipe(
@@ -92,13 +89,13 @@ def show_recipe(
 
     console.print("steps: " + ", ".join(step["step"] for step in result.plan["steps"]))
     models = (result.original, result.model)
-    total = _table("", "before", "after")
+    total = new_table(console, ("", "before", "after"), left=1)
     total.add_row("parameters", *(f"{count_params(m):,}" for m in models))
-    total.add_row("file", *(f"{m.ByteSize():,} B" for m in models))
-    total.add_row("file, compressed by zlib", *(f"{compressed_bytes(m):,} B" for m in models))
+    total.add_row("file size", *(bytes_text(m.ByteSize()) for m in models))
+    total.add_row("compressed by zlib", *(bytes_text(compressed_bytes(m)) for m in models))
     total.add_row("latency", *(f"{t:.3f} ms" for t in latencies_ms))
     show_metrics(total, metrics)
-    console.print(total)
+    show_table(console, total)
 
 
 def show_metrics(table: Table, metrics: Sequence[Mapping[str, float]]) -> None:

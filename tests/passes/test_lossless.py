@@ -333,7 +333,7 @@ def test_pipeline_removes_without_a_budget_and_replays(root: Path) -> None:
     model = io.load(root / "models" / "digits_mlp.onnx")
     masked, count = mask_producers(model, 0.3)
     result = prune(masked, lossless=True)
-    assert result.report.notes == (f"removed without loss: {count} channels and 0 layers",)
+    assert result.report.notes == (f"removed without loss: {count} channels and 0 operators",)
     assert result.report.budget["kind"] == "lossless"
     assert result.report.checks[0].reference == "the original model"
     assert result.report.after.params < result.report.before.params == 18_986
@@ -370,7 +370,7 @@ def test_a_failure_beforehand_is_a_note_unless_asked_for(
 
 def test_nothing_to_remove_is_said(root: Path) -> None:
     result = prune(io.load(root / "models" / "digits_mlp.onnx"), lossless=True)
-    assert result.report.notes == ("no channel and no layer is without effect",)
+    assert result.report.notes == ("no channel and no operator is without effect",)
 
 
 @given(seed=st.integers(0, 1 << 32), count=st.integers(1, 10))
