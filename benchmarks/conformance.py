@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,22 @@ def measure(name: str) -> Row:
     return Row(name, nodes, params, **found, seconds=total, problem="; ".join(problems))
 
 
+def isolated(name: str) -> Row:
+    """`measure` in a process of its own: none pays for the memory of those before."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: theirs.send(measure(name)))
+    process.start()
+    theirs.close()
+    try:
+        row: Row = ours.recv()
+    except EOFError:
+        bad = float("inf")
+        row = Row(name, 0, 0, 1.0, bad, 1.0, bad, 0.0, "its process ended without a result")
+    process.join()
+    return row
+
+
 def choose(analysis: Analysis, scope: Any) -> Mask:
     """What stays, as the pipeline chooses it."""
     coupling = analysis.coupling
@@ -133,9 +150,8 @@ def main() -> int:
     ]
     rows = []
     analyse(zoo.load(min(sizes, key=sizes.__getitem__)))  # imports are no part of the seconds
-    # a process for each model: none pays for the memory of those before
-    with multiprocessing.get_context("fork").Pool(options.jobs, maxtasksperchild=1) as pool:
-        for row in pool.imap(measure, names):
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for row in pool.map(isolated, names):
             rows.append(row)
             words = f"{row.model}: {row.problem or 'ok'} ({row.seconds:.2f} s)"
             print(words, file=sys.stderr, flush=True)
