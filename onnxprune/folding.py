@@ -96,6 +96,13 @@ def _range(_: Node, start: Array, limit: Array, step: Array) -> Array:
     return np.arange(first, last, by, dtype=start.dtype)
 
 
+def _clip(node: Node, x: Array, low: Array | None = None, high: Array | None = None) -> Array:
+    bounds = [node.attr("min"), node.attr("max")] if low is None and high is None else [low, high]
+    for bound, limit in zip(bounds, (np.maximum, np.minimum), strict=True):
+        x = x if bound is None else limit(x, bound)
+    return np.asarray(x)
+
+
 def _shape(node: Node, dims: Array) -> Array:
     return dims[node.attr("start", 0) : node.attr("end", None)]
 
@@ -121,6 +128,7 @@ FOLDS: dict[str, Callable[..., Any]] = {
     "ConstantOfShape": _constant_of_shape,
     "Expand": _expand,
     "Range": _range,
+    "Clip": _clip,
     "NonZero": lambda node, x: np.stack(np.nonzero(x)).astype(np.int64),
     "Div": _divide,
     "Mod": lambda node, a, b: np.fmod(a, b) if node.attr("fmod", 0) else np.mod(a, b),

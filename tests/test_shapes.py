@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from onnxprune.graph import Graph
 from onnxprune.shapes import Shapes, infer
 from tests.graphs import build
@@ -50,3 +52,20 @@ def test_a_fully_fixed_model_is_inferred_once() -> None:
     found = _infer("(float[2,8] x) => (float[2,4] y)", "y = MatMul(x, w)", "w:8,4")
     assert found.first is found.second
     assert found.dims("y") == (2, 4)
+
+
+def test_padding_that_keeps_the_size_is_folded() -> None:
+    """TensorFlow's "same" padding as an exporter writes it: the surplus is clipped at zero."""
+    model = build(
+        "(float[N,3,9,9] x) => (float[N,4,9,9] y)",
+        """s = Shape(x)  w = Gather(s, last)  d = Sub(w, eight)  c = Clip(d, none)
+        p = Concat<axis=0>(zeros, c, zeros, c)  q = Pad(x, p)  y = Conv(q, w1)""",
+        "w1:4,3,2,2 last=3 eight=8 none=0 zeros=0,0,0",
+    )
+    fix = next(t for t in model.graph.initializer if t.name == "none")
+    fix.ClearField("dims")
+    zero = next(t for t in model.graph.initializer if t.name == "zeros")
+    assert list(zero.dims) == [3]
+    found = infer(Graph.of(model))
+    np.testing.assert_array_equal(found.value("c"), [1])
+    assert not found.measured
