@@ -7,12 +7,13 @@ inputs, shows those shapes; lengths that follow data or size differ between the 
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx
+from onnx import TensorProto, helper
 
 from onnxprune.errors import OnnxPruneError
 from onnxprune.graph import Graph
@@ -29,10 +30,17 @@ Pair = tuple[Known, Known]
 #: How many inputs of each size are tried at most, and for how long.
 RUNS = 8
 SECONDS = 1.0
+_PREFIX = "onnxprune measured shape "
+#: ONNX Runtime's words for element types.
+_TYPES = {
+    "float": TensorProto.FLOAT,
+    "double": TensorProto.DOUBLE,
+    **{name.lower(): value for name, value in TensorProto.DataType.items()[2:]},
+}
 
 
 def measure(graph: Graph, names: Sequence[str], sizes: tuple[Numbers, Numbers]) -> Pair | None:
-    """The shape and element type of the tensors `names` at the two `sizes`.
+    """The shape and element type of the tensors `names` at the two `sizes`; sequences are left out.
 
     Several inputs are tried, and those two chosen between which the most lengths differ, so that
     one that follows data does not look fixed. None where the model does not run on random inputs
@@ -43,27 +51,55 @@ def measure(graph: Graph, names: Sequence[str], sizes: tuple[Numbers, Numbers]) 
     model = graph.whole()
     if runtime.dies_on_empty(model):
         return None
-    probed = onnx.ModelProto()
-    probed.CopyFrom(model)
-    del probed.graph.output[:]
-    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     try:
-        session = runtime.session(probed, optimize=False)
-        first, second = (list(_runs(session, model, numbers)) for numbers in sizes)
+        kinds = _kinds(model, names)
+        session = runtime.session(_telling_shapes(model, kinds), optimize=False)
+        first, second = (list(_runs(session, model, kinds, numbers)) for numbers in sizes)
     except OnnxPruneError:
         return None
     base = min(first, key=_empty)
     return base, max(second, key=lambda other: (_varying(base, other), -_empty(other)))
 
 
-def _runs(session: InferenceSession, model: onnx.ModelProto, numbers: Numbers) -> Iterator[Known]:
+def _with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.output[:]
+    copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return copy
+
+
+def _kinds(model: onnx.ModelProto, names: Sequence[str]) -> dict[str, int]:
+    """The element types of those that are tensors, as ONNX Runtime infers them."""
+    from onnxprune import runtime
+
+    found = runtime.session(_with_outputs(model, names), optimize=False).get_outputs()
+    words = ((o.name, re.fullmatch(r"tensor\((\w+)\)", o.type)) for o in found)
+    return {name: _TYPES[match[1]] for name, match in words if match and match[1] in _TYPES}
+
+
+def _telling_shapes(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:
+    """The model, but only shapes leave it: it holds no more activations than in any run."""
+    told = {name: f"{_PREFIX}{i}" for i, name in enumerate(names)}
+    probed = _with_outputs(model, told.values())
+    probed.graph.node.extend(helper.make_node("Shape", [n], [t]) for n, t in told.items())
+    return probed
+
+
+def _runs(
+    session: InferenceSession, model: onnx.ModelProto, names: Mapping[str, int], numbers: Numbers
+) -> Iterator[Known]:
     from onnxprune import runtime
 
     lengths = {f"{name}:{axis}": length for (name, axis), length in numbers.items()}
     start = time.monotonic()
     for seed in range(RUNS):
         feeds = runtime.random_feeds(model, seed=seed, sizes=lengths)
-        yield _shapes(runtime.run(session, feeds))
+        values = runtime.run(session, feeds)
+        yield {
+            name: (tuple(int(n) for n in values[f"{_PREFIX}{i}"]), kind)
+            for i, (name, kind) in enumerate(names.items())
+        }
         if time.monotonic() - start > SECONDS:
             return
 
@@ -75,11 +111,3 @@ def _empty(known: Known) -> int:
 def _varying(one: Known, other: Known) -> int:
     pairs = ((one[name][0], other[name][0]) for name in one if name in other)
     return sum(a != b for x, y in pairs for a, b in zip(x, y, strict=False))
-
-
-def _shapes(values: Mapping[str, object]) -> Known:
-    return {
-        name: (value.shape, onnx.helper.np_dtype_to_tensor_dtype(value.dtype))
-        for name, value in values.items()
-        if isinstance(value, np.ndarray)
-    }
