@@ -13,7 +13,7 @@ import onnx
 from onnx import helper
 
 from onnxprune.graph import Body, Graph
-from onnxprune.protos import bodies
+from onnxprune.protos import bodies, fresh_name
 
 
 def separate_bodies(graph: Graph) -> Graph:
@@ -65,16 +65,8 @@ def _defined(graph: onnx.GraphProto) -> Iterator[str]:
     yield from (name for node in graph.node for name in node.output if name)
 
 
-def _fresh(wish: str, taken: set[str]) -> str:
-    name, n = wish, 1
-    while name in taken:
-        name, n = f"{wish}_{n}", n + 1
-    taken.add(name)
-    return name
-
-
 def _rename(body: onnx.GraphProto, taken: set[str], outer: Mapping[str, str]) -> None:
-    names = {**outer, **{name: _fresh(name, taken) for name in dict.fromkeys(_defined(body))}}
+    names = {**outer, **{name: fresh_name(name, taken) for name in dict.fromkeys(_defined(body))}}
     made: set[str] = set()
     for value in (*body.input, *body.initializer, *body.value_info):
         value.name = names.get(value.name, value.name)
@@ -90,7 +82,7 @@ def _rename(body: onnx.GraphProto, taken: set[str], outer: Mapping[str, str]) ->
     for value in body.output:
         name = names.get(value.name, value.name)
         if name not in made:
-            value.name = _fresh(f"{name}_out", taken)
+            value.name = fresh_name(f"{name}_out", taken)
             body.node.append(helper.make_node("Identity", [name], [value.name], name=value.name))
         else:
             made.discard(name)  # a second output of the same name gets a node of its own

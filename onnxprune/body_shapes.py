@@ -37,8 +37,13 @@ def _chosen(node: Node, taken: object) -> tuple[Body, ...]:
     """The branches that may run: one where the condition is known."""
     if taken is None:
         return node.bodies
-    which = "then_branch" if bool(taken) else "else_branch"
-    return tuple(body for body in node.bodies if body.attribute == which)
+    return (branch(node, bool(taken)),)
+
+
+def branch(node: Node, condition: bool) -> Body:
+    """The body of an If that runs under `condition`."""
+    which = "then_branch" if condition else "else_branch"
+    return next(body for body in node.bodies if body.attribute == which)
 
 
 def _loop(walk: Walk, node: Node) -> None:
@@ -63,7 +68,7 @@ def _scan(walk: Walk, node: Node) -> None:
     for k in range(count, len(node.inputs)):
         dims = walk.dims.get(node.inputs[k])
         if dims:
-            axis = _axis(node, "scan_input_axes", k - count) % len(dims)
+            axis = scan_axis(node, "scan_input_axes", k - count) % len(dims)
             trips = dims[axis]
             dims = dims[:axis] + dims[axis + 1 :]
         _note(walk, body.inputs[k], dims, walk.types.get(node.inputs[k]))
@@ -72,11 +77,12 @@ def _scan(walk: Walk, node: Node) -> None:
     for k, (_, inner, _) in enumerate(states):
         _note(walk, node.outputs[k], walk.dims.get(inner), walk.types.get(inner))
     for k in range(count, len(node.outputs)):
-        axis = _axis(node, "scan_output_axes", k - count)
+        axis = scan_axis(node, "scan_output_axes", k - count)
         _stacked(walk, node.outputs[k], body.outputs[k], trips, axis)
 
 
-def _axis(node: Node, name: str, index: int) -> int:
+def scan_axis(node: Node, name: str, index: int) -> int:
+    """The axis that attribute `name` of a Scan gives its input or output `index`; 0 by default."""
     axes = node.attr(name)
     return int(axes[index]) if axes else 0
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from onnxprune.graph import Graph, Node
+from onnxprune.protos import fresh_name
 
 
 def input_axis(node: Node, rank: int) -> int:
@@ -65,11 +66,7 @@ class Edit:
         node.attribute.append(onnx.helper.make_attribute("value", tensor))
 
     def _fresh(self, wish: str) -> str:
-        name, n = wish, 1
-        while name in self._taken:
-            name, n = f"{wish}_{n}", n + 1
-        self._taken.add(name)
-        return name
+        return fresh_name(wish, self._taken)
 
     def absorb(self, index: int, value: NDArray[Any]) -> None:
         """Channels of the known `value` are no longer read; a bias brings what they brought."""

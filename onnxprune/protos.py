@@ -34,6 +34,15 @@ def may_hold_graphs(domain: str, op_type: str) -> bool:
     return any(attribute.type in kinds for attribute in schema.attributes.values())
 
 
+def fresh_name(wish: str, taken: set[str]) -> str:
+    """`wish`, or `wish_1`, `wish_2`, ... if that is taken; the result is taken from then on."""
+    name, n = wish, 1
+    while name in taken:
+        name, n = f"{wish}_{n}", n + 1
+    taken.add(name)
+    return name
+
+
 def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
     """The graphs in a node's attributes."""
     if not may_hold_graphs(node.domain, node.op_type):

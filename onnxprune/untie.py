@@ -10,6 +10,7 @@ from __future__ import annotations
 import onnx
 
 from onnxprune.graph import Graph, Node
+from onnxprune.protos import fresh_name
 
 #: Operators on constants that keep a vector a vector.
 STEPS = frozenset(
@@ -83,10 +84,7 @@ def _copies(
     for reader, slot in readers if step.output[0] in inside else readers[:-1]:
         copy = onnx.NodeProto()
         copy.CopyFrom(step)
-        name, n = step.output[0], 1
-        while name in taken:
-            name, n = f"{step.output[0]}_{n}", n + 1
-        taken.add(name)
+        name = fresh_name(step.output[0], taken)
         copy.name, copy.output[0], reader.input[slot] = name, name, name
         found.append(copy)
     return found

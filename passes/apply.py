@@ -17,7 +17,7 @@ from onnxprune.labels import Layout
 from onnxprune.ops import REWRITES
 from onnxprune.pause import collection_paused
 from onnxprune.plan import Slice
-from onnxprune.protos import copy_fields, reads
+from onnxprune.protos import copy_fields, fresh_name, reads
 from onnxprune.rewriting import Edits, Mask, Rewriter
 
 Array = NDArray[Any]
@@ -72,11 +72,7 @@ class _State:
 
     def name(self, wish: str) -> str:
         """A tensor name that is not taken yet."""
-        name, n = wish, 1
-        while name in self.taken:
-            name, n = f"{wish}_{n}", n + 1
-        self.taken.add(name)
-        return name
+        return fresh_name(wish, self.taken)
 
     def rewire(self, index: int, slot: int, name: str) -> None:
         """Input `slot` of node `index` will read `name`."""

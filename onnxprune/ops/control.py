@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from onnxprune.body_shapes import branch, scan_axis
 from onnxprune.coupling import Interpreter
 from onnxprune.fixed import is_proven
 from onnxprune.graph import Body, Node
@@ -47,8 +48,7 @@ def _taken(node: Node, c: Interpreter) -> Body | None:
     value = c.shapes.value(node.inputs[0])
     if value is None or not is_proven(c.graph, c.shapes, node.inputs[0]):
         return None
-    which = "then_branch" if value.item() else "else_branch"
-    return next(body for body in node.bodies if body.attribute == which)
+    return branch(node, bool(value.item()))
 
 
 @rule("Loop", partial=True)
@@ -74,13 +74,13 @@ def scan(node: Node, c: Interpreter) -> None:
     entered = [_enter(node, c, k, body.inputs[k]) for k in range(count)]
     trips = 1
     for k in range(count, len(node.inputs)):
-        trips = _slice(node, c, k, body.inputs[k], _axis(node, "scan_input_axes", k - count))
+        trips = _slice(node, c, k, body.inputs[k], scan_axis(node, "scan_input_axes", k - count))
     _walk(node, c, body, trips)
     for k, axes in enumerate(entered):
         _carry(node, c, axes, body.outputs[k], k)
     for k in range(count, len(node.outputs)):
         axes = _leaving(node, c, body.outputs[k])
-        _stack(node, c, axes, _axis(node, "scan_output_axes", k - count), k)
+        _stack(node, c, axes, scan_axis(node, "scan_output_axes", k - count), k)
 
 
 def _walk(node: Node, c: Interpreter, body: Body, trips: int = 1) -> None:
@@ -91,11 +91,6 @@ def _walk(node: Node, c: Interpreter, body: Body, trips: int = 1) -> None:
     for inner in body.nodes:
         interpret_node(c, inner)
     c.touched, c.repeats = touched, repeats
-
-
-def _axis(node: Node, name: str, index: int) -> int:
-    axes = node.attr(name)
-    return int(axes[index]) if axes else 0
 
 
 def _layout(axes: Axes) -> Layout:
