@@ -125,6 +125,7 @@ class _Stage:
     def _run(
         self, name: str, model: onnx.ModelProto, train: Dataset | None, progress: Progress
     ) -> Repaired:
+        from onnxprune.calibration.layerwise import LayerwiseRepair
         from onnxprune.calibration.sequential import Repaired
         from onnxprune.passes.compensate import CompensateBias
         from onnxprune.passes.match_moments import MatchMoments
@@ -132,7 +133,7 @@ class _Stage:
 
         if name == "bn":
             return Repaired(self._reestimate(model, train))
-        passes: dict[str, type[Reconstruct | MatchMoments | CompensateBias]] = {
+        passes: dict[str, type[LayerwiseRepair]] = {
             "reconstruct": Reconstruct,
             "moments": MatchMoments,
             "bias": CompensateBias,
