@@ -11,12 +11,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxprune.passes.finetune import Finetune
     from onnxprune.pipeline import apply, check, inspect, prune
     from onnxprune.plan import Plan
     from onnxprune.result import CheckReport, Inspection, Report, Result
 
 __all__ = [
     "CheckReport",
+    "Finetune",
     "Inspection",
     "Plan",
     "Report",
@@ -32,6 +34,7 @@ _HOMES = {
     "inspect": "pipeline",
     "apply": "pipeline",
     "check": "pipeline",
+    "Finetune": "passes.finetune",
     "Plan": "plan",
     "CheckReport": "result",
     "Inspection": "result",

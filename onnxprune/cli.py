@@ -173,6 +173,15 @@ Finetune = Annotated[
         metavar="EPOCHS",
     ),
 ]
+Tune = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="With --finetune, how: lr, batch_size, optimizer, alpha, temperature, features, "
+        "augment, loss, ema, backend and others (README); repeatable.",
+        rich_help_panel=DATA,
+        metavar="NAME=VALUE",
+    ),
+]
 MaxDrop = Annotated[
     float | None,
     typer.Option(
@@ -253,6 +262,7 @@ def prune(
     val: Val = None,
     repair: RepairOption = "auto",
     finetune: Finetune = 0,
+    tune: Tune = None,
     max_drop: MaxDrop = None,
     lossless: LosslessOption = None,
     plan: PlanOut = None,
@@ -291,7 +301,7 @@ def prune(
             data=data,
             val=val,
             repair=repair,  # type: ignore[arg-type]
-            finetune=finetune,
+            finetune=commands.tuning(finetune, tune, seed=seed, threads=threads),
             max_drop=max_drop,
             lossless=lossless,
             check=not no_check,
@@ -377,18 +387,6 @@ def check(
     )
     show_check(stdout_console(), outcome)
     return FINE if outcome.passed else FAILED
-
-
-@app.command("setup-training")
-def setup_training(quiet: Quiet = False, debug: Debug = False) -> int:
-    """Install the runtime that fine-tuning needs, in a folder of its own (once, about 32 MB)."""
-    from onnxprune.report.progress import progress
-    from onnxprune.training import setup_training as install
-
-    with progress(quiet) as listener:
-        folder = install(progress=listener)
-    print(f"training runtime: {folder}")
-    return FINE
 
 
 commands.register(app)

@@ -15,6 +15,7 @@ from onnxprune.errors import BudgetError, InvalidModelError, InvalidRecipeError
 if TYPE_CHECKING:
     import onnx
 
+    from onnxprune.passes.finetune import Finetune
     from onnxprune.report.outputs import Outputs
 
 
@@ -211,6 +212,84 @@ def run(
     return _written(result.model, outputs, metrics, max_drop, plan=dumps(result.plan))
 
 
+def finetune(
+    source: ModelIn,
+    target: ModelOut,
+    data: Annotated[str, typer.Option(metavar="SRC", help="Data to train on.")],
+    epochs: Annotated[int, typer.Option(min=1, help="How often all data are seen.")] = 1,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(metavar="T.onnx", help="The model to learn from, as the original."),
+    ] = None,
+    tune: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="An option, as in lr=0.001; repeatable."),
+    ] = None,
+    val: Val = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> int:
+    """Train the weights of a model, with labels, the answers of a teacher, or both."""
+    from onnxprune import io
+    from onnxprune.metrics import evaluate
+    from onnxprune.passes.finetune import Finetune
+    from onnxprune.report.console import stdout_console
+    from onnxprune.report.outputs import Outputs
+    from onnxprune.report.progress import progress
+    from onnxprune.report.steps import show_finetuned
+    from onnxprune.training.options import parse_settings
+
+    chosen = parse_settings(tune or [], epochs)
+    options = Finetune(**vars(chosen), seed=seed, threads=threads)
+    outputs = Outputs(target)
+    with about(source):
+        model = io.load(source)
+    original = None if teacher is None else io.load(teacher)
+    given, held_out = _data(data, model), _data(val, model)
+    with progress(quiet) as listener, about(source):
+        result = options(model, teacher=original, data=given, val=held_out, progress=listener)
+    metrics = [
+        evaluate(m, held_out or given, threads=threads, reference=original or model)
+        for m in (model, result.model)
+    ]
+    show_finetuned(stdout_console(), result, metrics)
+    return _written(result.model, outputs, metrics, None)
+
+
+def setup_training(
+    quiet: Quiet = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> int:
+    """Install the runtime that fine-tuning needs, in a folder of its own (once, about 32 MB)."""
+    from onnxprune.report.progress import progress
+    from onnxprune.training import setup_training as install
+
+    with progress(quiet) as listener:
+        folder = install(progress=listener)
+    print(f"training runtime: {folder}")
+    return 0
+
+
+def tuning(
+    epochs: int, settings: list[str] | None, *, seed: int, threads: int | None
+) -> Finetune | int:
+    """What `--finetune` and `--tune` ask for.
+
+    Raises:
+        InvalidRecipeError: a setting is malformed, or there is nothing that it could be of.
+    """
+    if not settings:
+        return epochs
+    if epochs < 1:
+        raise InvalidRecipeError("--tune says how --finetune trains: add --finetune EPOCHS")
+    from onnxprune.passes.finetune import Finetune
+    from onnxprune.training.options import parse_settings
+
+    return Finetune(**vars(parse_settings(settings, epochs)), seed=seed, threads=threads)
+
+
 def _latencies(before: onnx.ModelProto, after: onnx.ModelProto, threads: int | None) -> list[float]:
     from onnxprune import runtime
 
@@ -309,6 +388,8 @@ def recipe_plan(path: Path) -> Any:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
+    app.command("setup-training")(setup_training)
     app.command("prune-weights")(prune_weights)
     app.command("prune-layers")(prune_layers)
+    app.command("finetune")(finetune)
     app.command("run")(run)

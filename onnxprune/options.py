@@ -11,6 +11,7 @@ from onnxprune.rewriting import Mask
 
 if TYPE_CHECKING:
     from onnxprune.passes.apply import Applied
+    from onnxprune.passes.finetune import Finetune
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Options:
     criterion: str
     keep: tuple[str, ...]
     granularity: Granularity
-    finetune: int
+    finetune: Finetune | None
     max_drop: float | None
     check: bool
     seed: int

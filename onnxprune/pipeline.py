@@ -51,6 +51,7 @@ from onnxprune.verify import (
 
 if TYPE_CHECKING:
     from onnxprune.data import Dataset
+    from onnxprune.passes.finetune import Finetune
     from onnxprune.passes.select import Ranking
 
 Source = str | os.PathLike[str] | onnx.ModelProto
@@ -94,7 +95,7 @@ def prune(
     data: Any = None,
     val: Any = None,
     repair: Repairing = "auto",
-    finetune: int = 0,
+    finetune: int | Finetune = 0,
     max_drop: float | None = None,
     lossless: bool | None = None,
     check: bool = True,
@@ -126,7 +127,7 @@ def prune(
         val: held-out data that the metrics are measured on; default `data`.
         repair: how accuracy is won back without labels and gradients; without `data`, with made-up
             inputs. "auto" takes what brings the outputs nearest to the original's.
-        finetune: epochs of fine-tuning, with the original model as teacher.
+        finetune: epochs of fine-tuning, with the original model as teacher; or how it is done.
         max_drop: the largest loss of the task's metric, in points (1 is 0.01). Where the budget
             costs more, channels are given back, see `onnxprune.loop`; without a budget as many go
             as this allows. If nothing keeps it, the last of `report.checks` fails.
@@ -145,7 +146,7 @@ def prune(
     _check_promise(max_drop, data if val is None else val)
     given = {"channels": channels, "macs": macs, "params": params, "size-mb": size_mb}
     budget = _budget(lossless, max_drop, given)
-    _check_ranges(min_keep, round_to, scope, finetune, data)
+    _check_ranges(min_keep, round_to, scope)
     _check_repair(repair, data)
     options = Options(
         budget,
@@ -153,7 +154,7 @@ def prune(
         criterion or "l2",
         tuple(keep),
         parse_granularity(granularity, vocab_keep, vocab_unknown),
-        finetune,
+        _tuning(finetune, data, seed, threads),
         max_drop,
         check,
         seed,
@@ -329,7 +330,7 @@ def _check_promise(max_drop: float | None, data: Any) -> None:
         raise InvalidRecipeError("--max-drop needs data to measure with: add --val SRC")
 
 
-def _check_ranges(min_keep: float, round_to: int, scope: str, finetune: int, data: Any) -> None:
+def _check_ranges(min_keep: float, round_to: int, scope: str) -> None:
     if not 0 <= min_keep <= 1:
         raise InvalidRecipeError(
             f"--min-keep {min_keep:g} is out of range: a share must be in [0, 1]"
@@ -338,10 +339,22 @@ def _check_ranges(min_keep: float, round_to: int, scope: str, finetune: int, dat
         raise InvalidRecipeError(f"--round-to {round_to} is out of range: it must be at least 1")
     if scope not in ("exact", "all"):
         raise InvalidRecipeError(f"--scope {scope!r} is unknown: choose exact or all")
-    if finetune < 0:
-        raise InvalidRecipeError(f"--finetune {finetune} is out of range: it counts epochs")
-    if finetune and data is None:
+
+
+def _tuning(finetune: int | Finetune, data: Any, seed: int, threads: int | None) -> Finetune | None:
+    """How the pruned model is fine-tuned; None: not at all."""
+    if isinstance(finetune, int):
+        if finetune < 0:
+            raise InvalidRecipeError(f"--finetune {finetune} is out of range: it counts epochs")
+        if finetune == 0:
+            return None
+    if data is None:
         raise InvalidRecipeError("--finetune needs --data to train on")
+    from onnxprune.passes.finetune import Finetune
+
+    if isinstance(finetune, int):
+        return Finetune(epochs=finetune, seed=seed, threads=threads)
+    return finetune if finetune.threads else replace(finetune, threads=threads)
 
 
 def _ranking(name: str | None) -> Ranking | None:

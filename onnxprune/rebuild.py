@@ -183,14 +183,14 @@ def _finetune(
     options: Options,
     progress: Progress,
 ) -> tuple[onnx.ModelProto, Step]:
-    from onnxprune.passes.finetune import Finetune
-
-    tune = Finetune(epochs=options.finetune, seed=options.seed, threads=options.threads)
+    tune = options.finetune
+    assert tune is not None
     result = tune(model, teacher=original, data=train, val=held_out, progress=progress)
     return result.model, {
         "step": "finetune",
-        "epochs": options.finetune,
+        "epochs": tune.epochs,
         "best_epoch": result.best_epoch,
+        "lr": result.lr,
         "seconds_per_epoch": _seconds_per_epoch(result),
         "frozen": dict(result.frozen),
         "notes": [f"fine-tuning: {note}" for note in result.notes],

@@ -150,22 +150,12 @@ def _validated(
     kind: Any, options: Mapping[str, Any], path: tuple[Any, ...], where: _Where, prefix: str
 ) -> Any:
     """An instance of the dataclass `kind`."""
-    from pydantic import TypeAdapter, ValidationError
+    from onnxprune.validation import FieldError, validated
 
-    fields = [n for n, f in kind.__dataclass_fields__.items() if f.init]
-    for key in options:
-        if key not in fields:
-            words = f"{prefix}{key}: no such option; choose {', '.join(fields) or 'none'}"
-            raise where.error((*path, key), words)
     try:
-        return TypeAdapter(kind).validate_python(dict(options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(p) for p in first["loc"])
-        words = f"{prefix}{place}: {first['msg'].lower()}, not {first['input']!r}"
-        raise where.error((*path, *first["loc"]), words) from error
-    except InvalidRecipeError as error:
-        raise where.error(path, f"{prefix}{error}") from error
+        return validated(kind, options)
+    except FieldError as error:
+        raise where.error((*path, *error.path), f"{prefix}{error}") from error
 
 
 @dataclass(frozen=True)
@@ -203,7 +193,14 @@ def run_recipe(
         "steps": done,
         "result_sha256": digest(model),
     }
-    return RecipeResult(original, model, json.loads(json.dumps(plan)))
+    return RecipeResult(original, model, json.loads(json.dumps(plan, default=_plain)))
+
+
+def _plain(value: Any) -> str:
+    """Paths as text; anything else cannot be in a plan."""
+    if isinstance(value, Path):
+        return str(value)
+    raise InvalidRecipeError(f"a plan cannot hold {type(value).__name__}: give the name of a file")
 
 
 def digest(model: onnx.ModelProto) -> str:

@@ -8,15 +8,17 @@ and a record (what it did, as JSON values).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import onnx
 
 from onnxprune.errors import InvalidRecipeError, VerificationError
+from onnxprune.training.options import FinetuneOptions
 
 if TYPE_CHECKING:
     from onnxprune.data import Dataset
+    from onnxprune.passes.finetune import Finetune
     from onnxprune.progress import Progress
 
 ENTRY_POINTS = "onnxprune.passes"
@@ -49,6 +51,13 @@ class Context:
         """The data to measure with."""
         source = self.val or self.data
         return None if source is None else self._open(source)
+
+    def tuning(self, options: FinetuneOptions) -> Finetune:
+        """Fine-tuning with these options, and the run's seed and threads."""
+        from onnxprune.passes.finetune import Finetune
+
+        values = {f.name: getattr(options, f.name) for f in fields(FinetuneOptions)}
+        return Finetune(**values, seed=self.seed, threads=self.threads)
 
     def _open(self, source: str) -> Dataset:
         if source not in self.opened:
@@ -87,12 +96,14 @@ class PruneStep:
     min_keep: float = 0.1
     keep: tuple[str, ...] = ()
     repair: str = "auto"
-    finetune: int = 0
+    finetune: int | FinetuneOptions = 0
 
     def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
         from onnxprune import pipeline
 
         options: dict[str, Any] = {k: getattr(self, k) for k in self.__dataclass_fields__}
+        if isinstance(self.finetune, FinetuneOptions):
+            options["finetune"] = context.tuning(self.finetune)
         result = pipeline.prune(
             model,
             **options,
@@ -167,30 +178,22 @@ class BatchNormStep:
 
 
 @dataclass(frozen=True)
-class FinetuneStep:
-    """Train with the original as the teacher; `masked` keeps zeros at zero."""
-
-    epochs: int = 1
-    lr: float | None = None
-    weight_decay: float = 1e-4
-    batch_size: int = 64
-    alpha: float = 0.9
-    temperature: float = 4.0
-    masked: bool = False
+class FinetuneStep(FinetuneOptions):
+    """Train with the original as the teacher."""
 
     def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
-        from onnxprune.passes.finetune import Finetune
-
-        options: dict[str, Any] = {k: getattr(self, k) for k in self.__dataclass_fields__}
-        run = Finetune(**options, seed=context.seed, threads=context.threads)
-        found = run(
+        found = context.tuning(self)(
             model,
             teacher=context.original,
             data=context.dataset("finetune"),
             val=context.held_out(),
             progress=context.progress,
         )
-        return found.model, {"best_epoch": found.best_epoch}
+        return found.model, {
+            "best_epoch": found.best_epoch,
+            "lr": found.lr,
+            "notes": list(found.notes),
+        }
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def make_report(
             "min_keep": options.limits.min_keep,
             "keep": list(options.keep),
             "repair": options.repair,
-            "finetune": options.finetune,
+            "finetune": options.finetune.epochs if options.finetune else 0,
             "max_drop": options.max_drop,
             "seed": options.seed,
         },

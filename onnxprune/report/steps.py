@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from onnxprune.passes.finetune import FinetuneResult
     from onnxprune.passes.prune_layers import LayersResult
     from onnxprune.passes.prune_weights import WeightsResult
     from onnxprune.recipe import RecipeResult
@@ -75,6 +76,25 @@ def show_layers(
     total.add_row("latency", *(f"{t:.3f} ms" for t in latencies_ms))
     show_metrics(total, metrics)
     show_table(console, total)
+
+
+def show_finetuned(
+    console: Console, result: FinetuneResult, metrics: Sequence[Mapping[str, float]]
+) -> None:
+    """The epochs, what stood still, and what that changed."""
+    rows = new_table(console, ("epoch", "loss", "seconds"), left=1)
+    for epoch in result.history:
+        if epoch.loss is not None:
+            kept = " (kept)" if epoch.epoch == result.best_epoch else ""
+            rows.add_row(f"{epoch.epoch}{kept}", f"{epoch.loss:.4f}", f"{epoch.seconds:.1f}")
+    show_table(console, rows)
+    total = new_table(console, ("", "before", "after"), left=1)
+    show_metrics(total, metrics)
+    show_table(console, total)
+    words = f"{len(result.trained)} weights trained, peak learning rate {result.lr:.3g}"
+    notes = [words, *(f"{name} was not trained: {why}" for name, why in result.frozen.items())]
+    for note in [*notes, *result.notes]:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False)
 
 
 def show_recipe(

@@ -17,12 +17,13 @@ MIXUP_ALPHA = 0.2
 
 
 def augmentation(
-    wanted: Augment | Sequence[str] | None, classes: int | None = None
+    wanted: Augment | Sequence[str] | str | None, classes: int | None = None
 ) -> Augment | None:
     """One function that applies all that is wanted, in that order.
 
     Args:
-        wanted: a function of a batch and a generator, or names out of `NAMES`.
+        wanted: a function of a batch and a generator, or names out of `NAMES`; a text has commas
+            between them.
         classes: how many classes integer labels tell apart, which mixup has to know.
 
     Raises:
@@ -30,6 +31,8 @@ def augmentation(
     """
     if wanted is None or callable(wanted):
         return wanted
+    if isinstance(wanted, str):
+        wanted = [name.strip() for name in wanted.split(",")]
     unknown = [name for name in wanted if name not in NAMES]
     if unknown:
         raise InvalidRecipeError(

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from onnxprune.errors import TrainingError
 
-Features = Literal["none", "last"] | tuple[str, ...]
+Features = Literal["none", "last"] | tuple[str, ...] | str
 LAYERS = ("Conv", "Gemm", "MatMul")
 EPSILON = 1e-12
 
@@ -35,6 +35,8 @@ def chosen(wanted: Features, student: onnx.ModelProto, teacher: onnx.ModelProto)
     if wanted == "last":
         name = last_features(student)
         return [name] if name is not None and name in _tensors(teacher) else []
+    if isinstance(wanted, str):
+        wanted = tuple(name.strip() for name in wanted.split(","))
     for whose, model in (("student", student), ("teacher", teacher)):
         missing = [name for name in wanted if name not in _tensors(model)]
         if missing:

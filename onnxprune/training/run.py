@@ -42,15 +42,16 @@ from onnxprune.training.loss import (
     loss_value,
     plan_objective,
 )
-from onnxprune.training.parameters import find_parameters, write_back
-from onnxprune.training.schedule import rate_at
+from onnxprune.training.parameters import Parameter, find_parameters, write_back
+from onnxprune.training.schedule import SGD_RATE, peak_rate, rate_at
 from onnxprune.training.teacher import Teacher
 
 if TYPE_CHECKING:
     from onnxprune.passes.finetune import Finetune
 
 Array = NDArray[Any]
-RATES: Mapping[str, float] = {"adamw": 1e-3, "sgd": 0.05}
+#: Share of zeros from which they are taken for pruned weights.
+SPARSE = 0.2
 CHECK_SAMPLES = 8
 _log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class FinetuneResult:
     """The trained model.
 
     `best_epoch` is the epoch whose weights it has. `frozen` names the weights that were not
-    trained, with the reason.
+    trained, with the reason. `lr` is the peak learning rate.
     """
 
     model: onnx.ModelProto
@@ -85,6 +86,7 @@ class FinetuneResult:
     steps: int
     seconds: float
     notes: tuple[str, ...] = ()
+    lr: float = 0.0
 
 
 class Run:
@@ -111,10 +113,12 @@ class Run:
         rows = _rows(first)
         self.parts = max(1, options.batch_size // rows)
         self.steps_per_epoch = _count_steps(data, options.batch_size, rows, self.parts)
+        self.sparse: str | None = None
         self.custom = self._custom_loss()
         self.features = self._choose_features()
         self.exposed = with_outputs(student, self.features)
         self.graph = self._differentiable(first)
+        self.peak = options.lr or self._peak()
         self.objective = self.custom or self._plan(first)
         self.teacher = self._make_teacher()
         classes = [t.classes for t in self.objective.terms if t.key == "label" and t.classes]
@@ -130,6 +134,12 @@ class Run:
         self.best: Mapping[str, Array] = {}
         self.done_steps = 0
         self.training_s = 0.0
+
+    def _peak(self) -> float:
+        """The peak learning rate where none was given."""
+        if self.options.optimizer == "sgd":
+            return SGD_RATE
+        return peak_rate(p.value for p in self.graph.parameters.values() if p.decay)
 
     def _custom_loss(self) -> CustomObjective | None:
         """The user's loss, where there is one."""
@@ -195,9 +205,9 @@ class Run:
     def _make_trainer(self, worker: Gradients) -> WorkerTrainer:
         options = self.options
         constants = {"momentum": options.momentum} if options.optimizer == "sgd" else {}
-        zeros = (
-            {n: p.value != 0 for n, p in self.graph.parameters.items()} if options.masked else {}
-        )
+        masks = _masks(self.graph.parameters, options.masked)
+        if masks and options.masked is None:
+            self.sparse = f"zeros stay zero in {len(masks)} weights (masked: false trains them)"
         return WorkerTrainer(
             worker,
             self.graph,
@@ -207,7 +217,7 @@ class Run:
             ema=options.ema,
             clip=options.clip,
             threads=self.threads,
-            masks={n: m for n, m in zeros.items() if not m.all()},
+            masks=masks,
         )
 
     def _check(self, first: Batch) -> None:
@@ -265,13 +275,14 @@ class Run:
         """Mean loss of an epoch's steps, and the last rate."""
         options = self.options
         total = options.epochs * self.steps_per_epoch
-        peak = options.lr or RATES[options.optimizer]
         losses: list[float] = []
         rate = 0.0
         begun = time.perf_counter()
         for step, parts in enumerate(self._steps(epoch)):
             place = (epoch - 1) * self.steps_per_epoch + step
-            rate = rate_at(place, total, peak, warmup=options.warmup, schedule=options.schedule)
+            rate = rate_at(
+                place, total, self.peak, warmup=options.warmup, schedule=options.schedule
+            )
             losses.append(self._step(parts, rate))
             pace = (time.perf_counter() - begun) / (step + 1)
             left = max(0, total - place - 1) * pace
@@ -387,7 +398,8 @@ class Run:
             frozen=self.graph.frozen,
             steps=self.done_steps,
             seconds=seconds,
-            notes=tuple(self.notes),
+            notes=tuple(self.notes if self.sparse is None else (*self.notes, self.sparse)),
+            lr=self.peak,
         )
 
 
@@ -405,6 +417,18 @@ def _differentiable(
     sizes = {name: array.shape for name, array in first.feeds.items()}
     fixed = legalise(student, sizes=sizes, momentum=momentum, only=only)
     return fixed if len(fixed.frozen) < len(graph.frozen) else graph
+
+
+def _masks(parameters: Mapping[str, Parameter], masked: bool | None) -> dict[str, Array]:
+    """Where weights may move, by name; none where they may everywhere."""
+    masks = {}
+    for name, parameter in parameters.items():
+        moving = parameter.value != 0
+        share = 1 - float(moving.mean())
+        sparse = parameter.decay and SPARSE <= share < 1 if masked is None else masked
+        if sparse and share:
+            masks[name] = moving
+    return masks
 
 
 def _score(metrics: Mapping[str, float], epoch: int) -> float:

@@ -1,11 +1,33 @@
-"""The learning rate of each step."""
+"""The learning rate: how high, and at each step."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 Schedule = Literal["cosine", "linear", "constant"]
+
+
+#: AdamW moves a weight by about the rate a step: its peak, relative to the size of the weights.
+RELATIVE_RATE = 0.015
+SGD_RATE = 0.05
+
+
+def peak_rate(weights: Iterable[NDArray[Any]]) -> float:
+    """The peak rate of AdamW: 0.015 of the weights' typical size.
+
+    That size is the geometric mean over matrices and kernels of the root mean square of what is not
+    zero. Adam's steps do not follow the scale of the loss or of the gradient, so what they do to a
+    layer depends on the size of its weights (You et al., 2020; Shazeer and Stern, 2018).
+    """
+    sizes = [float(np.mean(np.square(w[w != 0], dtype=np.float64))) for w in weights if w.any()]
+    if not sizes:
+        return 1e-3
+    return RELATIVE_RATE * math.exp(0.5 * float(np.mean(np.log(sizes))))
 
 
 def rate_at(

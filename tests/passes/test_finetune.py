@@ -342,7 +342,7 @@ def test_a_teacher_must_have_the_students_outputs() -> None:
     [("epochs", 0), ("lr", -1.0), ("alpha", 1.5), ("temperature", 0.0), ("optimizer", "lion")],
 )
 def test_options_are_checked(option: str, value: Any) -> None:
-    with pytest.raises(InvalidRecipeError, match=f"finetune: {option}={value!r} is out of range"):
+    with pytest.raises(InvalidRecipeError, match=f"^{option}={value!r} is out of range"):
         Finetune(**{option: value})
 
 
