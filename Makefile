@@ -43,8 +43,8 @@ format: $(INSTALLED)  ## Mend style and format
 benchmark-fashion: $(TRAINING)  ## Train, prune and fine-tune on Fashion-MNIST, and print the table
 	$(BIN)/python -m benchmarks.fashion
 
-benchmark-accuracy: $(TRAINING) $(PEERS)  ## Follow the accuracy of six networks through every stage, beside Torch-Pruning
-	$(BIN)/python -m benchmarks.accuracy
+benchmark-accuracy: $(TRAINING) $(PEERS)  ## Follow the accuracy of networks through every stage, beside Torch-Pruning (ARGS=--resume: go on)
+	$(BIN)/python -m benchmarks.accuracy --readme README.md $(ARGS)
 
 benchmark-peers: $(INSTALLED) $(PEERS)  ## Compare with other pruners (ARGS=--all: on all networks of torchvision)
 	$(BIN)/python -m benchmarks.peers $(ARGS)

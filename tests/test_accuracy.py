@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import struct
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import subjects
 from benchmarks.accuracy.languages import CODES, languages
+from benchmarks.accuracy.results import Results, Unit
 from benchmarks.accuracy.stages import Row
-from benchmarks.accuracy.table import STAGES, picture
+from benchmarks.accuracy.table import BEGIN, END, STAGES, insert, markdown, picture
 from models import text
 from models.graphs import fold
 from onnxprune.data import Batch
 from onnxprune.training.legalise import legalise
 from tests.test_fashion import pictures  # noqa: F401
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit code of the benchmark's command line."""
+    monkeypatch.setattr(sys, "argv", ["accuracy", "--threads=1", *arguments])
+    return command.main()
 
 
 def test_end_to_end(
@@ -33,37 +41,98 @@ def test_end_to_end(
 ) -> None:
     quick = dataclasses.replace(subjects.SUBJECTS["mlp"], epochs=8)
     monkeypatch.setitem(subjects.SUBJECTS, "mlp", quick)
-    options = [f"--data={pictures}", "--threads=1", "--results=results", "--models", "mlp"]
-    monkeypatch.setattr(sys, "argv", ["accuracy", *options, "--macs", "0.5"])
-    assert command.main() == 0
-    shown = capsys.readouterr().out
-    assert "mlp 50% onnxprune fine-tuned: " in shown
-    rows = [Row(**row) for row in json.loads((workdir / "results/accuracy.json").read_text())]
-    assert [row.stage for row in rows] == ["original", *STAGES]
-    assert rows[0].accuracy > 0.9
-    assert rows[-1].macs <= 0.5
+    options = [f"--data={pictures}", "--results=results", "--models=mlp", "--tools=onnxprune"]
+    (workdir / "page.md").write_text(f"before\n{BEGIN}old\n{END}\nafter\n")
+    assert run(monkeypatch, *options, "--macs", "0.5", "--readme=page.md") == 0
+    assert "mlp 50% onnxprune fine-tuned: " in capsys.readouterr().out
+    results = Results.load(workdir / "results")
+    assert [row.stage for row in results.rows] == ["original", *STAGES]
+    assert results.rows[0].accuracy > 0.9
+    assert results.rows[-1].macs <= 0.5
+    assert results.machine["threads"] == 1
+    assert results.machine["onnxruntime"] == onnxruntime.__version__
     assert "mlp, 50% of the MACs" in (workdir / "results/accuracy.svg").read_text()
-    monkeypatch.setattr(sys, "argv", ["accuracy", *options, "--macs", "0.25"])
-    assert command.main() == 0
-    rows = [Row(**row) for row in json.loads((workdir / "results/accuracy.json").read_text())]
-    assert sorted({row.budget for row in rows}) == [0.25, 0.5, 1.0]
-    assert sum(row.stage == "original" for row in rows) == 1
+    assert (workdir / "page.md").read_text() == insert(
+        f"before\n{BEGIN}{END}\nafter\n", results.rows
+    )
+    assert [path.name for path in (workdir / "out").iterdir()] == ["fashion_mlp_8_0.onnx"]
+    assert run(monkeypatch, *options, "--macs", "0.5", "0.25", "--resume") == 0
+    assert "mlp 50%" not in capsys.readouterr().out.split("\n")[0]
+    rows = Results.load(workdir / "results").rows
+    assert [row.budget for row in rows] == [1.0, *[0.5] * 4, *[0.25] * 4]
+    assert rows[:5] == results.rows
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_that_was_interrupted_goes_on(
+    resume: bool,
+    pictures: Path,  # noqa: F811
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The second unit of the first run stops; a fresh start measures the first unit again."""
+    measured: list[Unit] = []
+
+    def measure(network: command.Network, budget: float, tool: str) -> Iterator[Row]:
+        measured.append((network.name, budget, tool))
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        yield Row(tool, network.name, budget, budget, "pruned" if tool else "original", 0.9, 0.0)
+
+    monkeypatch.setattr(command.Network, "measure", measure)
+    options = [f"--data={pictures}", "--models=mlp", "--tools=onnxprune", "--results=results"]
+    assert run(monkeypatch, *options) == 130
+    assert "--resume goes on from here" in capsys.readouterr().err
+    assert run(monkeypatch, *options, *["--resume"] * resume) == 0
+    again = measured[3:]
+    assert (
+        again
+        == [("mlp", 1.0, ""), ("mlp", 0.5, "onnxprune"), ("mlp", 0.25, "onnxprune")][
+            2 if resume else 0 :
+        ]
+    )
 
 
 def test_missing_data_says_how_to_get_it(
     workdir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["accuracy", f"--data={workdir}", "--models", "mlp"])
-    assert command.main() == 2
+    assert run(monkeypatch, f"--data={workdir}", "--models", "mlp") == 2
     assert "apt install dataset-fashion-mnist" in capsys.readouterr().err
 
 
+def test_missing_peers_are_named(
+    pictures: Path,  # noqa: F811
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = [f"--data={pictures}", "--models", "mlp", "--peers=nowhere"]
+    assert run(monkeypatch, *options) == 2
+    assert "no Python with Torch-Pruning at nowhere" in capsys.readouterr().err
+
+
+def rows(*tools: str) -> list[Row]:
+    """An original, and one stage of it by each tool at two budgets."""
+    found = [Row("", "mlp", 1.0, 1.0, "original", 0.9, 0.0)]
+    for budget in (0.5, 0.25):
+        found += [Row(tool, "mlp", budget, budget, "pruned", budget + 0.12, 1.0) for tool in tools]
+    return found
+
+
 def test_the_picture_has_a_bar_for_each_stage() -> None:
-    rows = [Row("", "mlp", 1.0, 1.0, "original", 0.9, 0.0)]
-    rows += [
-        Row(tool, "mlp", 0.5, 0.5, "pruned", 0.5, 1.0) for tool in ("onnxprune", "torch-pruning")
-    ]
-    assert picture(rows).count("<rect") == 2
+    assert picture(rows("onnxprune", "torch-pruning")).count("<rect") == 4
+
+
+def test_the_table_has_a_line_for_each_network() -> None:
+    head, _, line = markdown(rows("onnxprune")).splitlines()
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["MLP, 4 layers (90.0)", "62.0 / 37.0", *["-"] * (head.count("|") - 3)]
+
+
+def test_a_page_without_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="accuracy:begin"):
+        insert("no table here", rows("onnxprune"))
 
 
 def catalog(messages: dict[str, str]) -> bytes:
@@ -110,14 +179,15 @@ def test_readers_train_wholly(build: subjects.graphs.Builder) -> None:
     assert not legalise(build()).frozen
 
 
-def test_flip_mirrors_some_images(rng: np.random.Generator) -> None:
-    images = rng.random((64, 1, 3, 4)).astype(np.float32)
-    turned = subjects.flip(Batch({"x": images}, None), rng).feeds["x"]
-    mirrored = np.array(
-        [np.array_equal(a, b[..., ::-1]) for a, b in zip(turned, images, strict=True)]
-    )
-    same = np.array([np.array_equal(a, b) for a, b in zip(turned, images, strict=True)])
-    assert mirrored.any() and same.any() and (mirrored ^ same).all()
+def test_jitter_mirrors_and_moves(rng: np.random.Generator) -> None:
+    images = np.zeros((64, 1, 28, 28), np.float32)
+    images[:, 0, 14, 5] = 1
+    found = {
+        tuple(np.argwhere(i[0])[0])
+        for i in subjects.jitter(Batch({"x": images}, None), rng).feeds["x"]
+    }
+    assert {abs(row - 14) for row, _ in found} == {0, 1, 2}
+    assert {column for _, column in found} == {3, 4, 5, 6, 7, 20, 21, 22, 23, 24}
 
 
 def test_folded_subjects_have_no_norm(tmp_path: Path) -> None:

@@ -1,29 +1,32 @@
-"""The command line of the benchmark."""
+"""Accuracy after every stage of pruning, beside Torch-Pruning.
+
+The rows of a network are written as soon as they are known; --resume measures what is missing.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 
-from benchmarks.accuracy.stages import CALIBRATION, Row, dense, own
+from benchmarks.accuracy import peers
+from benchmarks.accuracy.results import Results, Unit, machine
+from benchmarks.accuracy.stages import Row, dense, own
 from benchmarks.accuracy.subjects import SUBJECTS, Samples, samples, trained
-from benchmarks.accuracy.table import picture, show
+from benchmarks.accuracy.table import show
 from benchmarks.fashion.run import require_data
-from onnxprune import io
 from onnxprune.errors import OnnxPruneError
+from onnxprune.progress import Progress
+from onnxprune.report.progress import progress
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 PEERS = Path(".venv-peers/bin/python")
+TOOLS = ("onnxprune", "torch-pruning")
 
 
 def options() -> argparse.Namespace:
@@ -32,93 +35,108 @@ def options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--macs", nargs="+", type=float, default=[0.5, 0.25])
     parser.add_argument("--data", type=Path, default=DEBIAN, help="folder of Fashion-MNIST")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=Path("out"), help="where models are kept")
     parser.add_argument("--peers", type=Path, default=PEERS, help="Python with Torch-Pruning")
-    parser.add_argument("--tools", nargs="+", default=["onnxprune", "torch-pruning"])
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--readme", type=Path, help="page that gets the table")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what the result file already has"
+    )
     return parser.parse_args()
 
 
-def measure(name: str, given: argparse.Namespace) -> Iterator[Row]:
-    """Every stage of one network, by every tool."""
-    subject = SUBJECTS[name]
-    if subject.data == "fashion":
+@dataclass
+class Network:
+    """A trained network and its data, each read when it is needed first."""
+
+    name: str
+    given: argparse.Namespace
+    listener: Progress
+
+    @cached_property
+    def train(self) -> Samples:
+        """What it is trained and fine-tuned on."""
+        return samples(SUBJECTS[self.name], "train", self.given.data, self.given.cache)
+
+    @cached_property
+    def test(self) -> Samples:
+        """What its accuracy is measured on."""
+        return samples(SUBJECTS[self.name], "test", self.given.data, self.given.cache)
+
+    @cached_property
+    def original(self) -> onnx.ModelProto:
+        """The dense network."""
+        threads, listener = self.given.threads, self.listener
+        return trained(self.name, self.given.cache, lambda: self.train, threads, listener)
+
+    def measure(self, budget: float, tool: str) -> Iterator[Row]:
+        """The rows of one unit of the results."""
+        threads = self.given.threads
+        start = dense(self.name, self.original, self.test, threads)
+        if not tool:
+            yield start
+        elif tool == "onnxprune":
+            yield from own(
+                self.name, self.original, self.train, self.test, budget, threads, self.listener
+            )
+        else:
+            python = self.given.peers
+            yield from peers.rows(
+                python, self.name, self.original, self.train, self.test, budget, start, threads
+            )
+
+
+def units(given: argparse.Namespace) -> list[Unit]:
+    """All that is to be measured, in the order of the networks."""
+    found: list[Unit] = []
+    for name in given.models:
+        found.append((name, 1.0, ""))
+        for tool in given.tools:
+            if tool != "torch-pruning" or SUBJECTS[name].peer:
+                found += [(name, budget, tool) for budget in given.macs]
+    return found
+
+
+def run(given: argparse.Namespace) -> Results:
+    """Measure everything that is asked for, and write it row by row."""
+    if any(SUBJECTS[name].data == "fashion" for name in given.models):
         require_data(given.data)
-    train, test = (samples(subject, part, given.data, given.cache) for part in ("train", "test"))
-    original = trained(name, given.cache, lambda: train, given.threads)
-    yield dense(name, original, test, given.threads)
-    for budget in given.macs:
-        if "onnxprune" in given.tools:
-            yield from own(name, subject, original, train, test, budget, given.threads)
-        if "torch-pruning" in given.tools and subject.peer and given.peers.exists():
-            yield from peer(name, original, train, test, budget, given)
-
-
-def peer(
-    name: str,
-    original: onnx.ModelProto,
-    train: Samples,
-    test: Samples,
-    budget: float,
-    given: argparse.Namespace,
-) -> Iterator[Row]:
-    """The stages by Torch-Pruning; none beyond one that fails."""
-    key = next(n for n in train if n != "y")
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        onnx.save(original, place / "model.onnx")
-        np.savez(place / "data.npz", x=train[key], y=train["y"], xt=test[key], yt=test["y"])
-        job: dict[str, Any] = {
-            "model": str(place / "model.onnx"),
-            "data": str(place / "data.npz"),
-            "budget": budget,
-            "threads": given.threads,
-            "calibration": CALIBRATION,
-        }
-        (place / "job.json").write_text(json.dumps(job))
-        script = Path(__file__).with_name("peer.py")
-        command = [str(given.peers), str(script), str(place / "job.json")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        print(f"Torch-Pruning, {name} at {budget:.0%}: {done.stderr.strip()[-300:]}")
-    for line in done.stdout.splitlines():
-        found = json.loads(line)
-        if found["stage"] != "original":
-            yield Row("torch-pruning", name, budget, **found)
-
-
-def write(rows: list[Row], folder: Path) -> Path:
-    """Write the rows as JSON and as a picture; those of networks not measured now stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "accuracy.json"
-    before = [Row(**r) for r in json.loads(path.read_text())] if path.exists() else []
-    measured = {_place(r) for r in rows}
-    rows = [r for r in before if _place(r) not in measured] + rows
-    rows.sort(key=lambda r: (list(SUBJECTS).index(r.model), -r.budget, r.tool))
-    io.write_text(path, json.dumps([asdict(r) for r in rows], indent=1) + "\n")
-    io.write_text(folder / "accuracy.svg", picture(rows))
-    return path
-
-
-def _place(row: Row) -> tuple[str, float, str]:
-    return row.model, row.budget, row.tool
+    versions = peers.versions(given.peers) if "torch-pruning" in given.tools else {}
+    results = Results.load(given.results)
+    wanted = units(given)
+    if given.resume:
+        wanted = [unit for unit in wanted if unit not in results.units]
+    results.drop(wanted)
+    results.machine = {**results.machine, **machine(given.threads, versions)}
+    for name in given.models:
+        with progress() as listener:
+            network = Network(name, given, listener)
+            for _, budget, tool in (unit for unit in wanted if unit[0] == name):
+                rows = []
+                for row in network.measure(budget, tool):
+                    print(f"{name} {budget:.0%} {tool} {row.stage}: {row.accuracy:.2%}", flush=True)
+                    rows.append(row)
+                results.add(rows)
+    return results
 
 
 def main() -> int:
     """Run the benchmark; its exit code."""
     given = options()
-    rows: list[Row] = []
     try:
-        for name in given.models:
-            for row in measure(name, given):
-                print(f"{name} {row.budget:.0%} {row.tool} {row.stage}: {row.accuracy:.2%}")
-                rows.append(row)
+        results = run(given)
     except OnnxPruneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    show(rows)
-    print(f"written to {write(rows, given.results)}")
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from here", file=sys.stderr)
+        return 130
+    show(results.rows)
+    if given.readme:
+        results.into(given.readme)
+    print(f"written to {results.path}")
     return 0
 
 

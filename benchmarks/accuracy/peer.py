@@ -1,8 +1,8 @@
 """The same stages by Torch-Pruning, in an environment of its own.
 
 Runs as `PYTHON peer.py JOB.json`, where PYTHON has torch, torch-pruning, onnx and numpy, and
-nothing of onnxprune. The trained weights are those of the ONNX file: a torch module runs its graph
-node by node. One JSON row a stage on the standard output.
+nothing of onnxprune; without a job it prints versions. The trained weights are those of the ONNX
+file: a torch module runs its graph node by node. One JSON row a stage on the standard output.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -222,8 +223,14 @@ def finetune(net: nn.Module, x: Any, y: Any, convolutional: bool) -> None:
         schedule.step()
 
 
-def main() -> None:
-    with open(sys.argv[1]) as file:
+def versions() -> dict[str, str]:
+    """Versions of what runs here."""
+    return {name: metadata.version(name) for name in ("torch", "torch-pruning")}
+
+
+def main(path: str) -> None:
+    """Every stage of one job; CPU seconds count from the trained network on, measuring aside."""
+    with open(path) as file:
         job = json.load(file)
     torch.set_num_threads(job["threads"])
     torch.manual_seed(0)
@@ -231,30 +238,28 @@ def main() -> None:
     x, y = torch.from_numpy(data["x"]), torch.from_numpy(data["y"])
     xt, yt = torch.from_numpy(data["xt"]), torch.from_numpy(data["yt"])
     net = Twin(job["model"])
-    clock = time.process_time()
+    share, spent, begun = 1.0, 0.0, time.process_time()
 
     def row(stage: str) -> None:
-        nonlocal clock
-        spent = time.process_time() - clock
+        nonlocal spent, begun
+        spent += time.process_time() - begun
         found = {"stage": stage, "accuracy": accuracy(net, xt, yt), "cpu_s": spent, "macs": share}
         print(json.dumps(found), flush=True)
-        clock = time.process_time()
+        begun = time.process_time()
 
-    share = 1.0
     row("original")
     share = prune(net, x[:1], job["budget"])
     row("pruned")
     if reestimate(net, x[: job["calibration"]]):
         row("repaired")
-    finetune(
-        net,
-        x,
-        y,
-        any(isinstance(m, nn.Conv2d | nn.Conv1d) for m in net.modules())
-        and not any(isinstance(m, nn.LayerNorm) for m in net.modules()),
-    )
+    kinds = {type(module) for module in net.modules()}
+    convolutional = bool(kinds & {nn.Conv2d, nn.Conv1d}) and nn.LayerNorm not in kinds
+    finetune(net, x, y, convolutional)
     row("fine-tuned")
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        main(sys.argv[1])
+    else:
+        print(json.dumps(versions()))

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import onnx
 
 import onnxprune
-from benchmarks.accuracy.subjects import Samples, Subject
+from benchmarks.accuracy.subjects import Samples
 from onnxprune.data import open_data
 from onnxprune.metrics import evaluate
-from onnxprune.passes.finetune import Finetune
+from onnxprune.progress import Progress
 
 CALIBRATION = 1024
+VALIDATION = 2000
 SEED = 0
 
 
 @dataclass(frozen=True)
 class Row:
-    """One stage of one network at one budget; `cpu_s` from the stage before, workers included."""
+    """One stage of one network at one budget; `cpu_s` from the original on, workers included."""
 
     tool: str
     model: str
@@ -33,46 +35,42 @@ class Row:
 
 def own(
     name: str,
-    subject: Subject,
     original: onnx.ModelProto,
     train: Samples,
     test: Samples,
     budget: float,
     threads: int,
-) -> list[Row]:
-    """The stages by this project.
+    progress: Progress,
+) -> Iterator[Row]:
+    """The stages by this project, each by one call of `prune` with its defaults.
 
-    The first two see no data, the repair (and the choice of channels, which knows it) 1,024
-    samples without their labels, fine-tuning all samples with their labels once.
+    The first two see no data, the repair 1,024 samples without their labels, fine-tuning all
+    samples with their labels once. What `prune` measures, it measures on training samples.
     """
-    rows: list[Row] = []
-    unlabelled = {n: a[:CALIBRATION] for n, a in train.items() if n != "y"}
-    clock = _cpu_s()
-
-    def row(stage: str, model: onnx.ModelProto) -> None:
-        nonlocal clock
-        spent = _cpu_s() - clock
-        accuracy = _accuracy(model, test, threads)
-        rows.append(Row("onnxprune", name, budget, share, stage, accuracy, spent))
-        clock = _cpu_s()
-
-    options: dict[str, Any] = {"macs": budget, "threads": threads, "seed": SEED}
-    pruned = onnxprune.prune(original, repair="none", **options)
-    share = pruned.report.after.macs / pruned.report.before.macs
-    row("pruned", pruned.model)
-    row("repaired without data", onnxprune.prune(original, **options).model)
-    repaired = onnxprune.prune(original, data=unlabelled, **options).model
-    row("repaired", repaired)
-    if subject.finetuning:
-        tune = Finetune(epochs=1, seed=SEED, threads=threads, **subject.finetuning)
-        tuned = tune(repaired, teacher=original, data=open_data(train, repaired)).model
-        row("fine-tuned", tuned)
-    return rows
+    calls: Mapping[str, Mapping[str, Any]] = {
+        "pruned": {"repair": "none"},
+        "repaired without data": {},
+        "repaired": {"data": _part(train, slice(CALIBRATION), "y")},
+        "fine-tuned": {"data": train, "val": _part(train, slice(-VALIDATION, None)), "finetune": 1},
+    }
+    for stage, options in calls.items():
+        begun = _cpu_s()
+        result = onnxprune.prune(
+            original, macs=budget, threads=threads, seed=SEED, progress=progress, **options
+        )
+        spent = _cpu_s() - begun
+        share = result.report.after.macs / result.report.before.macs
+        accuracy = _accuracy(result.model, test, threads)
+        yield Row("onnxprune", name, budget, share, stage, accuracy, spent)
 
 
 def dense(name: str, original: onnx.ModelProto, test: Samples, threads: int) -> Row:
     """The original as it is."""
     return Row("", name, 1.0, 1.0, "original", _accuracy(original, test, threads), 0.0)
+
+
+def _part(samples: Samples, rows: slice, without: str = "") -> Samples:
+    return {name: array[rows] for name, array in samples.items() if name != without}
 
 
 def _accuracy(model: onnx.ModelProto, test: Samples, threads: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,86 +16,77 @@ from models import graphs, text, transformer
 from models.make import Recipe, train
 from onnxprune import io
 from onnxprune.data import Batch
+from onnxprune.progress import Progress, Silent
+from onnxprune.training.augment import flip, shift
 
 Samples = dict[str, NDArray[Any]]
+#: Share of the size by which images are moved in training: two pixels of 28.
+SHIFT = 1 / 14
 ADAM: dict[str, Any] = {"weight_decay": 0.05, "batch_size": 128}
 
 
-def flip(batch: Batch, rng: np.random.Generator) -> Batch:
-    """Half of the images mirrored."""
-    feeds = {}
-    for name, images in batch.feeds.items():
-        turned = images.copy()
-        chosen = rng.random(len(images)) < 0.5
-        turned[chosen] = turned[chosen][..., ::-1]
-        feeds[name] = turned
-    return Batch(feeds, batch.labels)
+def jitter(batch: Batch, rng: np.random.Generator) -> Batch:
+    """Half of the images mirrored, all of them moved a little."""
+    return shift(flip(batch, rng), rng, SHIFT)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network, how it is trained from scratch, and how its pruned forms are fine-tuned.
+    """A network, and how it is trained from scratch.
 
-    `peer` tells whether Torch-Pruning runs it too; `folded` whether its BatchNormalization is
-    folded into the convolutions before anything else.
+    Attributes:
+        title: what it is called in tables.
+        build: its graph.
+        data: "fashion" or "languages".
+        epochs: of training.
+        training: the other options of `Finetune` for it.
+        folded: its BatchNormalization is folded into the convolutions before anything else.
+        peer: Torch-Pruning prunes it too.
     """
 
+    title: str
     build: graphs.Builder
     data: str
     epochs: int
     training: Mapping[str, Any] = field(default_factory=dict)
-    finetuning: Mapping[str, Any] = field(default_factory=dict)
     folded: bool = False
     peer: bool = True
 
 
-FINETUNING: dict[str, Any] = {
-    "batch_size": 64,
-    "weight_decay": 0.01,
-    "alpha": 0.9,
-    "temperature": 4.0,
-}
-CONV = {**FINETUNING, "lr": 2e-3}
 RESNET = Subject(
+    "ResNet-20-like, stem stride 2",
     graphs.fashion_resnet,
     "fashion",
-    12,
-    {**ADAM, "lr": 4e-3, "warmup": 0.1, "augment": flip},
-    {**FINETUNING, "lr": 3e-3},
+    20,
+    {**ADAM, "lr": 4e-3, "warmup": 0.1, "augment": jitter},
 )
-VGG = Subject(graphs.fashion_vgg, "fashion", 5, {**ADAM, "lr": 3e-3}, CONV)
+VGG = Subject("VGG-like, 5 convolutions", graphs.fashion_vgg, "fashion", 5, {**ADAM, "lr": 3e-3})
 SUBJECTS: dict[str, Subject] = {
-    "mlp": Subject(
-        graphs.fashion_mlp,
-        "fashion",
-        10,
-        {**ADAM, "lr": 3e-3},
-        {**FINETUNING, "lr": 2e-3, "temperature": 2.0},
-    ),
+    "mlp": Subject("MLP, 4 layers", graphs.fashion_mlp, "fashion", 10, {**ADAM, "lr": 3e-3}),
     "resnet": RESNET,
-    "resnet-folded": Subject(
-        RESNET.build, "fashion", 12, RESNET.training, RESNET.finetuning, folded=True, peer=False
-    ),
+    "resnet-folded": replace(RESNET, title="the same, folded", folded=True, peer=False),
     "vgg": VGG,
-    "vgg-folded": Subject(
-        VGG.build, "fashion", 5, VGG.training, VGG.finetuning, folded=True, peer=False
-    ),
+    "vgg-folded": replace(VGG, title="the same, folded", folded=True, peer=False),
     "vit": Subject(
+        "ViT, 4 layers, 4 heads",
         transformer.fashion_vit,
         "fashion",
         12,
         {**ADAM, "lr": 1.5e-3, "warmup": 0.1},
-        {**FINETUNING, "lr": 1e-3},
     ),
     "text": Subject(
-        text.language_cnn, "languages", 8, {**ADAM, "lr": 2e-3, "batch_size": 64}, CONV
+        "text CNN, 2 convolutions",
+        text.language_cnn,
+        "languages",
+        8,
+        {**ADAM, "lr": 2e-3, "batch_size": 64},
     ),
     "lstm": Subject(
+        "LSTM, 96 states",
         text.language_lstm,
         "languages",
         8,
         {**ADAM, "lr": 4e-3, "batch_size": 64},
-        {**FINETUNING, "lr": 2e-3},
         peer=False,
     ),
 }
@@ -113,14 +104,26 @@ def samples(subject: Subject, part: str, fashion: Path, cache: Path) -> Samples:
     return {**{n: np.asarray(a) for n, a in batch.feeds.items()}, "y": batch.labels}
 
 
-def trained(name: str, cache: Path, data: Callable[[], Samples], threads: int) -> onnx.ModelProto:
-    """The trained network: from the file of an earlier run, or trained now."""
+def trained(
+    name: str,
+    cache: Path,
+    data: Callable[[], Samples],
+    threads: int,
+    progress: Progress | None = None,
+) -> onnx.ModelProto:
+    """The trained network: from the file of an earlier run, or trained now.
+
+    A training that was interrupted continues after its last epoch.
+    """
     subject = SUBJECTS[name]
-    stem = subject.build.__name__
-    path = cache / f"{stem}_{subject.epochs}_0.onnx"
+    path = cache / f"{subject.build.__name__}_{subject.epochs}_0.onnx"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        recipe = Recipe(subject.build, 0, {"epochs": subject.epochs, **subject.training})
-        io.save(train(recipe, data(), threads=threads).model, path)
+        unfinished = path.with_suffix(".unfinished")
+        options = {"checkpoint": unfinished, "resume": True, **subject.training}
+        recipe = Recipe(subject.build, 0, {"epochs": subject.epochs, **options})
+        result = train(recipe, data(), threads=threads, progress=progress or Silent())
+        io.save(result.model, path)
+        unfinished.unlink(missing_ok=True)
     model = onnx.load(path)
     return graphs.fold(model) if subject.folded else model

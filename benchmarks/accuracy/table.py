@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.accuracy.stages import Row
+from benchmarks.accuracy.subjects import SUBJECTS
 
 STAGES = ("pruned", "repaired without data", "repaired", "fine-tuned")
 COLOURS = {"onnxprune": "#1f6f8b", "torch-pruning": "#d1741f"}
 WIDTH, BAR, HEAD = 760, 16, 30
+#: Columns of the table in the README: heading, tool, stage.
+COLUMNS = (
+    ("pruned", "onnxprune", "pruned"),
+    ("repaired, no data", "onnxprune", "repaired without data"),
+    ("repaired", "onnxprune", "repaired"),
+    ("fine-tuned", "onnxprune", "fine-tuned"),
+    ("Torch-Pruning: pruned", "torch-pruning", "pruned"),
+    ("repaired", "torch-pruning", "repaired"),
+    ("fine-tuned", "torch-pruning", "fine-tuned"),
+)
+BEGIN, END = "<!-- accuracy:begin -->\n", "<!-- accuracy:end -->"
 
 
 def show(rows: Sequence[Row]) -> None:
@@ -20,11 +32,37 @@ def show(rows: Sequence[Row]) -> None:
     for model, budget, tool in _runs(rows):
         own = {r.stage: r for r in rows if (r.model, r.budget, r.tool) == (model, budget, tool)}
         shown = [f"{own[s].accuracy:.2%}" if s in own else "-" for s in STAGES]
-        seconds = sum(row.cpu_s for row in own.values())
-        share = next(iter(own.values())).macs
+        seconds = " / ".join(f"{own[s].cpu_s:.0f}" if s in own else "-" for s in STAGES)
+        share = own[max(own, key=STAGES.index)].macs
         start = f"{_original(rows, model):.2%}"
-        table.add_row(model, f"{budget:.0%}", tool, start, *shown, f"{seconds:.0f}", f"{share:.0%}")
+        table.add_row(model, f"{budget:.0%}", tool, start, *shown, seconds, f"{share:.0%}")
     Console().print(table)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One line for each network: percent at each budget, the largest first."""
+    budgets = sorted({row.budget for row in rows if row.tool}, reverse=True)
+    found = {(r.model, r.budget, r.tool, r.stage): f"{100 * r.accuracy:.1f}" for r in rows}
+    lines = [
+        f"| model (its accuracy) | {' | '.join(heading for heading, _, _ in COLUMNS)} |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    for model in dict.fromkeys(row.model for row in rows):
+        cells = [f"{SUBJECTS[model].title} ({100 * _original(rows, model):.1f})"]
+        for _, tool, stage in COLUMNS:
+            numbers = [found.get((model, budget, tool, stage), "-") for budget in budgets]
+            cells.append("-" if set(numbers) == {"-"} else " / ".join(numbers))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def insert(page: str, rows: Sequence[Row]) -> str:
+    """A page with the table between its two marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, mark, after = rest.partition(END)
+    if not mark:
+        raise ValueError(f"the page lacks the lines {BEGIN.strip()} and {END}")
+    return f"{before}{BEGIN}{markdown(rows)}{END}{after}"
 
 
 def picture(rows: Sequence[Row]) -> str:
@@ -66,7 +104,7 @@ def _bar(y: int, stage: str, tool: str, accuracy: float) -> list[str]:
     return [
         _text(30, y, f"{stage}, {tool}"),
         f'<rect {box} fill="{COLOURS[tool]}"/>',
-        _text(236 + int(width), y, f"{accuracy:.1%}"),
+        _text(276 + int(width), y, f"{accuracy:.1%}"),
     ]
 
 

@@ -57,12 +57,12 @@ def flip(batch: Batch, rng: np.random.Generator) -> Batch:
     return Batch(feeds, batch.labels)
 
 
-def shift(batch: Batch, rng: np.random.Generator) -> Batch:
-    """Each image moved by up to an eighth of its size; what comes in is its edge, repeated."""
+def shift(batch: Batch, rng: np.random.Generator, share: float = SHIFT_SHARE) -> Batch:
+    """Each image moved by up to `share` of its size; what comes in is its edge, repeated."""
     feeds = dict(batch.feeds)
     for name, images in _images(batch):
         height, width = images.shape[2:]
-        reach = [max(1, round(size * SHIFT_SHARE)) for size in (height, width)]
+        reach = [max(1, round(size * share)) for size in (height, width)]
         pads = [(0, 0), (0, 0), (reach[0], reach[0]), (reach[1], reach[1])]
         wide = np.pad(images, pads, mode="edge")
         moved = np.empty_like(images)
