@@ -10,7 +10,8 @@ import onnx
 from onnxprune.graph import Body, Node
 
 if TYPE_CHECKING:
-    from onnxprune.shapes import Dims, Walk
+    from onnxprune.operator_shapes import Dims
+    from onnxprune.shape_walk import Walk
 
 
 def visit_bodies(walk: Walk, node: Node) -> None:
@@ -56,7 +57,7 @@ def _loop(walk: Walk, node: Node) -> None:
     for k, (_, inner, _) in enumerate(states):
         _note(walk, node.outputs[k], walk.dims.get(inner), walk.types.get(inner))
     limit = walk.value(node.inputs[0]) if node.inputs[0] else None
-    trips = _unknown(walk) if limit is None else int(limit.item())
+    trips = walk.unknown if limit is None else int(limit.item())
     for k in range(count, len(node.outputs)):
         _stacked(walk, node.outputs[k], body.outputs[1 + k], trips, 0)
 
@@ -64,7 +65,7 @@ def _loop(walk: Walk, node: Node) -> None:
 def _scan(walk: Walk, node: Node) -> None:
     body = node.bodies[0]
     count = len(node.inputs) - int(node.attr("num_scan_inputs"))
-    trips = _unknown(walk)
+    trips = walk.unknown
     for k in range(count, len(node.inputs)):
         dims = walk.dims.get(node.inputs[k])
         if dims:
@@ -85,11 +86,6 @@ def scan_axis(node: Node, name: str, index: int) -> int:
     """The axis that attribute `name` of a Scan gives its input or output `index`; 0 by default."""
     axes = node.attr(name)
     return int(axes[index]) if axes else 0
-
-
-def _unknown(walk: Walk) -> int:
-    """A number of iterations that differs between the two sizes, as what is not fixed does."""
-    return 2 if walk.base is None else 3
 
 
 def _repeat(walk: Walk, body: Body, states: Iterable[tuple[str, str, str]]) -> None:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from onnxprune.granularity import HEADS, Granularity
 from onnxprune.graph import Body, Constant, Graph, Node
 from onnxprune.labels import Block, Factor, Labels, Layout, Solution, System, compress
-from onnxprune.shapes import Dims, Shapes
+from onnxprune.operator_shapes import Dims
+from onnxprune.shapes import Shapes
 
 Array = NDArray[Any]
 #: Why channels must stay that meet positions, or what was given up long before.

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.graph import FLOATS, Graph, Node
-from onnxprune.shapes import Dims, Shapes
+from onnxprune.operator_shapes import Dims
+from onnxprune.shapes import Shapes
 
 Array = NDArray[Any]
 #: Facts with more elements than this are float32_copy to one bound for the whole tensor.

@@ -142,6 +142,7 @@ FOLDS: dict[str, Callable[..., Any]] = {
     "Mul": _plain(np.multiply),
     "Pow": _plain(np.power),
     "Neg": _plain(np.negative),
+    "Reciprocal": _plain(np.reciprocal),
     "Abs": _plain(np.abs),
     "Min": lambda node, *xs: np.minimum.reduce(np.broadcast_arrays(*xs)),
     "Max": lambda node, *xs: np.maximum.reduce(np.broadcast_arrays(*xs)),

@@ -25,7 +25,7 @@ Dims = tuple[int, ...]
 #: The numbers that were put in for the free dimensions: (input, axis) -> length.
 Numbers = Mapping[tuple[str, int], int]
 #: Shape and element type by tensor.
-Known = dict[str, tuple[Dims, int]]
+Known = Mapping[str, tuple[Dims, int]]
 Pair = tuple[Known, Known]
 #: How many inputs of each size are tried at most, and for how long.
 RUNS = 8

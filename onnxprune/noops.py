@@ -40,7 +40,7 @@ def _same_shape(node: Node, facts: Facts, slot: int) -> bool:
     source, target = node.inputs[slot], node.outputs[0]
     sizings = (facts.shapes.first.dims, facts.shapes.second.dims)
     same = all(source in s and s.get(source) == s.get(target) for s in sizings)
-    return same and target not in facts.shapes.measured
+    return same and target not in facts.shapes.doubted
 
 
 @_noop("Identity")

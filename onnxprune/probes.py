@@ -110,7 +110,7 @@ def _cuts(rewriter: Rewriter, name: str) -> tuple[tuple[int, Mask], ...] | None:
     if any(block.joint for block, _ in cut):
         return None
     lasting = (shapes.is_fixed(name, block.axes[0]) for block, _ in cut)
-    if name not in shapes.measured and not all(lasting):
+    if name not in shapes.doubted and not all(lasting):
         return None
     return tuple((block.axes[0], mask) for block, mask in cut)
 

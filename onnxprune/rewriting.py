@@ -19,7 +19,7 @@ from onnxprune.coupling import Coupling, Shuffle
 from onnxprune.errors import VerificationError
 from onnxprune.graph import Node
 from onnxprune.labels import Block, Labels, Layout
-from onnxprune.shapes import Dims
+from onnxprune.operator_shapes import Dims
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -260,7 +260,7 @@ class Rewriter:
         value = self.shapes.value(name)
         count = len(after) if value is None else value.size
         where = list(axes) if axes is not None else list(range(len(after) - count, len(after)))
-        doubted = out in self.shapes.measured  # where no length counts as fixed
+        doubted = out in self.shapes.doubted  # where no length counts as fixed
         fixed = [
             axis < 0 or self.shapes.is_fixed(out, axis) or (doubted and before[axis] != after[axis])
             for axis in where

@@ -10,7 +10,8 @@ import numpy as np
 from onnxprune.graph import Node
 
 if TYPE_CHECKING:
-    from onnxprune.shapes import Dims, Walk
+    from onnxprune.operator_shapes import Dims
+    from onnxprune.shape_walk import Walk
 
 #: The shape and element type of each tensor in a sequence.
 Elements = list[tuple["Dims", int]]

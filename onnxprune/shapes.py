@@ -8,60 +8,47 @@ input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from numpy.typing import ArrayLike
 
-import onnxprune.vendor_fused  # noqa: F401  registers its shape rules
-from onnxprune.elementwise_shapes import BROADCAST, SAME, broadcast
-from onnxprune.folding import FOLD_LIMIT, FOLDS
-from onnxprune.graph import Constant, Graph, Node
-from onnxprune.measured import Numbers, measure
-from onnxprune.operator_shapes import Cache, Kind, kind_of
+from onnxprune.body_shapes import visit_bodies
+from onnxprune.counted_shapes import COUNTED
+from onnxprune.folding import FOLD_LIMIT, Array
+from onnxprune.graph import Constant, Graph
+from onnxprune.measured import Known, Numbers, Pair, measure
+from onnxprune.operator_shapes import Cache, Dims, kind_of
 from onnxprune.protos import reads
-from onnxprune.sequence_shapes import Elements, visit_sequence
+from onnxprune.sequence_shapes import Elements
+from onnxprune.shape_walk import Sizing, Walk
 from onnxprune.skeleton import Skeleton
-from onnxprune.vendor import SHAPE_RULES, output_shapes
 
-Array = NDArray[Any]
-Dims = tuple[int, ...]
-#: Operators that onnx's inference passes by: their first output has their first input's shape.
-SAME_SHAPE = frozenset(("GroupNormalization", "RMSNormalization", "RotaryEmbedding", "Swish"))
 #: With one Shape node among so many nodes or fewer, shapes are taken to be computed in the graph.
 NODES_PER_SHAPE = 40
+#: Lengths put in for what data decide, at either assignment.
+MADE_UP = (1000, 1)
 #: Numbers tried for (first, other) dimensions of the inputs; they differ in every free dimension.
 SIZES = (((2, 64), (3, 96)), ((2, 16), (3, 32)), ((1, 224), (2, 256)))
-
-
-@dataclass(frozen=True)
-class Sizing:
-    """Shapes and folded values at one assignment of numbers to the free input dimensions."""
-
-    dims: Mapping[str, Dims]
-    values: Mapping[str, Array]
-    sequences: Mapping[str, Elements]
 
 
 @dataclass(frozen=True)
 class Shapes:
     """Shapes at two assignments. A dimension with the same number in both is fixed.
 
-    Not so in `measured` tensors, whose shapes were read off two runs: what follows data may be the
-    same by chance, or because both runs reached a limit.
+    Not so in `doubted` tensors, whose shapes were read off two runs, or follow data within limits:
+    what follows data may be the same by chance, or because both reached a limit.
     """
 
     first: Sizing
     second: Sizing
     types: Mapping[str, int]
     constants: Mapping[str, Constant]
-    measured: frozenset[str] = frozenset()
+    doubted: frozenset[str] = frozenset()
 
     def dims(self, name: str) -> Dims | None:
         """The shape at the first assignment, None where even the rank is unknown."""
@@ -88,7 +75,7 @@ class Shapes:
         """Whether the folded value is the same at both assignments."""
         if name in self.constants:
             return True
-        if name in self.measured:
+        if name in self.doubted:
             return False
         a, b = self.first.values.get(name), self.second.values.get(name)
         return a is not None and (a is b or (b is not None and np.array_equal(a, b)))
@@ -96,32 +83,116 @@ class Shapes:
     def is_fixed(self, name: str, axis: int) -> bool:
         """Whether axis `axis` has one length whatever the input."""
         a, b = self.first.dims.get(name), self.second.dims.get(name)
-        if a is None or b is None or name in self.measured:
+        if a is None or b is None or name in self.doubted:
             return False
         return len(a) == len(b) and a[axis] == b[axis]
 
 
 def infer(graph: Graph) -> Shapes:
     """Find the shape of every tensor of `graph`."""
-    skeleton, cache = Skeleton(graph), Cache()
-    free = _free_dims(graph)
-    tried: list[tuple[list[str], Shapes, tuple[Numbers, Numbers]]] = []
+    walks = _Walks(graph)
+    tried: list[tuple[tuple[Numbers, Numbers], Walk, Walk]] = []
     for small, large in SIZES:
-        sizes: tuple[Numbers, Numbers] = (_assign(free, *small), _assign(free, *large))
-        first = _at(graph, skeleton, sizes[0], cache)
-        second = first if not free else _at(graph, skeleton, sizes[1], cache, first)
-        found = Shapes(first.found, second.found, first.types, graph.constants)
-        tried.append((first.missing, found, sizes))
-        if not tried[-1][0] or not free:
+        sizes: tuple[Numbers, Numbers] = (walks.assign(*small), walks.assign(*large))
+        tried.append((sizes, *walks.pair(sizes)))
+        if not tried[-1][1].missing or not walks.free:
             break
-    missing, best, sizes = min(tried, key=lambda t: len(t[0]))
-    known = measure(graph, missing, sizes) if missing else None
-    if known is None:
-        return best
-    first = _at(graph, skeleton, sizes[0], cache, known=known[0])
-    second = _at(graph, skeleton, sizes[1], cache, first, known[1])
-    measured = _behind(graph, missing)
-    return Shapes(first.found, second.found, first.types, graph.constants, measured)
+    sizes, first, second = min(tried, key=lambda t: len(t[1].missing))
+    doubted: frozenset[str] = frozenset()
+    if first.missing:
+        found = walks.measured(sizes)
+        if found is not None:
+            return found
+    elif first.counts:
+        doubted = _doubted(graph, first, second, walks.at(sizes[0], first, made_up=0))
+    return Shapes(first.found, second.found, first.types, graph.constants, doubted)
+
+
+class _Walks:
+    """Walks over one graph, with what is remembered between them."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.skeleton, self.cache = graph, Skeleton(graph), Cache()
+        self.free = _free_dims(graph)
+
+    def assign(self, lead: int, other: int) -> dict[tuple[str, int], int]:
+        """Numbers for the free dimensions: of the first axes, and of all others."""
+        numbers: dict[str, int] = {}
+        for symbol, leads in self.free.values():
+            numbers.setdefault(symbol, lead if leads else other)
+        return {where: numbers[symbol] for where, (symbol, _) in self.free.items()}
+
+    def pair(
+        self, sizes: tuple[Numbers, Numbers], known: Pair = ({}, {}), counting: bool = True
+    ) -> tuple[Walk, Walk]:
+        """Walks at both assignments; the same one where no length can differ."""
+        one, other = MADE_UP
+        first = self.at(sizes[0], known=known[0], made_up=one, counting=counting)
+        if not self.free and not first.counts and not known[0]:
+            return first, first
+        return first, self.at(sizes[1], first, known[1], made_up=other, counting=counting)
+
+    def measured(self, sizes: tuple[Numbers, Numbers]) -> Shapes | None:
+        """Shapes with those read off two runs that cannot be inferred; None where it fails."""
+        missing = self.at(sizes[0], counting=False).missing
+        known = measure(self.graph, missing, sizes)
+        if known is None:
+            return None
+        first, second = self.pair(sizes, known, counting=False)
+        behind = _behind(self.graph, missing)
+        return Shapes(first.found, second.found, first.types, self.graph.constants, behind)
+
+    def at(
+        self,
+        numbers: Numbers,
+        base: Walk | None = None,
+        known: Known = MappingProxyType({}),
+        made_up: int = MADE_UP[0],
+        counting: bool = True,
+    ) -> Walk:
+        """Shapes with `numbers` put in; unchanged values of `base`, another walk, are reused.
+
+        Where shapes are computed in the graph, onnx's inference of the whole does not get far: the
+        walk goes alone, and only what it leaves open is asked of onnx as well. `known` are shapes
+        that were measured.
+        """
+        graph, inputs = self.graph, _inputs(self.graph, numbers)
+        make = partial(Walk, graph, base, visit_bodies, self.cache, made_up, counting)
+        computed = sum(node.op_type == "Shape" for node in graph.top)
+        if computed * NODES_PER_SHAPE > len(graph.top):
+            walk = _walk(make(), inputs, (), known)
+            if not walk.missing:
+                return walk
+        return _walk(make(), inputs, self.skeleton.inferred(inputs), known)
+
+
+def _doubted(graph: Graph, first: Walk, second: Walk, none: Walk) -> frozenset[str]:
+    """Tensors that look fixed, but have another shape or value where data leave nothing.
+
+    A limit (at most two are kept, at least one) hides that a length follows data. What is not known
+    there and is computed from such a tensor is doubted too.
+    """
+    hidden = frozenset(_hidden(first, second, none))
+    lost = first.values.keys() - none.values.keys()
+    behind = _behind(graph, hidden)
+    return hidden | {name for name in behind if name not in none.dims or name in lost}
+
+
+def _hidden(first: Walk, second: Walk, none: Walk) -> Iterator[str]:
+    walks = (first, second, none)
+    for tables in ([w.dims for w in walks], [w.values for w in walks]):
+        one, other, third = tables
+        for name, found in third.items():
+            if one.get(name) is not found and _hides(one.get(name), other.get(name), found):
+                yield name
+
+
+def _hides(one: ArrayLike | None, other: ArrayLike | None, none: ArrayLike) -> bool:
+    """Whether something is equal in the first two, and not in the third."""
+    a, b, c = np.asarray(one), np.asarray(other), np.asarray(none)
+    if one is None or other is None or a.shape != b.shape:
+        return False
+    return a.shape != c.shape or bool(((a == b) & (a != c)).any())
 
 
 def _behind(graph: Graph, names: Iterable[str]) -> frozenset[str]:
@@ -147,38 +218,6 @@ def _free_dims(graph: Graph) -> dict[tuple[str, int], tuple[str, bool]]:
     return free
 
 
-def _assign(
-    free: Mapping[tuple[str, int], tuple[str, bool]], lead: int, other: int
-) -> dict[tuple[str, int], int]:
-    numbers: dict[str, int] = {}
-    for symbol, leads in free.values():
-        numbers.setdefault(symbol, lead if leads else other)
-    return {where: numbers[symbol] for where, (symbol, _) in free.items()}
-
-
-def _at(
-    graph: Graph,
-    skeleton: Skeleton,
-    numbers: Mapping[tuple[str, int], int],
-    cache: Cache,
-    base: Walk | None = None,
-    known: Mapping[str, tuple[Dims, int]] = MappingProxyType({}),
-) -> Walk:
-    """Shapes with `numbers` put in; unchanged values of `base`, the other one, are reused.
-
-    Where shapes are computed in the graph, onnx's inference of the whole does not get far: the walk
-    goes alone, and only what it leaves open is asked of onnx as well. `known` are shapes that were
-    measured.
-    """
-    inputs = _inputs(graph, numbers)
-    computed = sum(node.op_type == "Shape" for node in graph.top)
-    if computed * NODES_PER_SHAPE > len(graph.top):
-        walk = _walk(graph, inputs, (), cache, base, known)
-        if not walk.missing:
-            return walk
-    return _walk(graph, inputs, skeleton.inferred(inputs), cache, base, known)
-
-
 def _inputs(
     graph: Graph, numbers: Mapping[tuple[str, int], int]
 ) -> tuple[onnx.ValueInfoProto, ...]:
@@ -191,16 +230,12 @@ def _inputs(
 
 
 def _walk(
-    graph: Graph,
+    walk: Walk,
     inputs: Iterable[onnx.ValueInfoProto],
     recorded: Iterable[onnx.ValueInfoProto],
-    cache: Cache,
-    base: Walk | None,
-    known: Mapping[str, tuple[Dims, int]],
+    known: Known,
 ) -> Walk:
-    from onnxprune.body_shapes import visit_bodies
-
-    walk = Walk(graph, base, visit_bodies, cache)
+    graph, base = walk.graph, walk.base
     walk.recorded = {v.name: v for v in recorded if v.name not in known}
     for value in inputs:
         walk.note(value.name, kind_of(value.type))
@@ -214,273 +249,11 @@ def _walk(
     for node in graph.top:
         if node.op_type == "Constant":
             continue
-        if base and not node.bodies and same.issuperset(node.inputs):
+        copied = base and not node.bodies and node.op_type not in COUNTED
+        if copied and same.issuperset(node.inputs):
             walk.copy(node)
         else:
             walk.visit(node)
         if base and known.keys().isdisjoint(node.outputs):
             same.update(name for name in node.outputs if walk.is_same(name))
     return walk
-
-
-class Walk:
-    """One pass over the nodes that folds small integer values and fills in missing shapes."""
-
-    def __init__(
-        self,
-        graph: Graph,
-        base: Walk | None,
-        enter: Callable[[Walk, Node], None],
-        cache: Cache,
-    ) -> None:
-        self.graph = graph
-        self.base = base
-        self.enter = enter
-        self.cache = cache
-        self.recorded: Mapping[str, onnx.ValueInfoProto] = {}
-        self.dims: dict[str, Dims] = {}
-        self.types: dict[str, int] = dict(base.types) if base else {}
-        self.values: dict[str, Array] = {}
-        self.sequences: dict[str, Elements] = {}
-        self.found = Sizing(self.dims, self.values, self.sequences)
-
-    @cached_property
-    def missing(self) -> list[str]:
-        """Tensors outside of bodies, sequences aside, whose shape the walk did not find."""
-        if self.graph.producer.keys() <= self.dims.keys():
-            return []
-        names = (name for node in self.graph.top for name in node.outputs if name)
-        return [name for name in names if name not in self.dims and name not in self.sequences]
-
-    def note(self, name: str, kind: Kind | None) -> None:
-        """Tensor `name` has this type, and this shape if it is complete."""
-        if kind is not None:
-            self.types[name], dims = kind
-            if dims is not None:
-                self.dims[name] = dims
-
-    def _note_recorded(self, node: Node) -> None:
-        for name in node.outputs:
-            value = self.recorded.get(name)
-            if value is not None:
-                self.note(name, kind_of(value.type))
-
-    def is_same(self, name: str) -> bool:
-        """Whether the other assignment gave tensor `name` this shape and value."""
-        assert self.base is not None
-        dims = self.dims.get(name)
-        return (
-            dims is not None
-            and dims == self.base.dims.get(name)
-            and self.values.get(name) is self.base.values.get(name)
-        )
-
-    def copy(self, node: Node) -> None:
-        """What the other assignment gave: the node reads nothing that is different here."""
-        assert self.base is not None
-        tables: tuple[tuple[dict[str, Any], Mapping[str, Any]], ...] = (
-            (self.dims, self.base.dims),
-            (self.values, self.base.values),
-            (self.sequences, self.base.sequences),
-        )
-        for name in node.outputs:
-            for mine, theirs in tables:
-                if name in theirs and name not in mine:
-                    mine[name] = theirs[name]
-
-    def forget(self, name: str) -> None:
-        """What was found about `name` does not hold."""
-        if name not in self.graph.constants:
-            self.dims.pop(name, None)
-            self.values.pop(name, None)
-
-    def value(self, name: str) -> Array | None:
-        known = self.values.get(name)
-        if known is None:
-            constant = self.graph.constants.get(name)
-            if constant is None:
-                return None
-            same = self.base.values.get(name) if self.base else None
-            limit = 16 if constant.is_float else FOLD_LIMIT
-            if same is not None:
-                known = self.values[name] = same
-            elif constant.size <= limit and constant.dtype != onnx.TensorProto.STRING:
-                known = self.values[name] = constant.array()
-        return known
-
-    def visit(self, node: Node) -> None:
-        if node.op_type == "Constant":
-            return
-        if node.bodies:
-            self._note_recorded(node)
-            self.enter(self, node)
-            return
-        fold = FOLDS.get(node.op_type) if node.domain == "" else None
-        if fold is not None and self._fold(node, fold):
-            return
-        if node.op_type == "Split" and node.domain == "" and self._split(node):
-            return
-        if self.recorded:
-            self._note_recorded(node)
-        visit_sequence(self, node)
-        if any(name and name not in self.dims for name in node.outputs):
-            if self._elementwise(node):
-                return
-            self._infer(node)
-            self._from_operands(node)
-            source, out = node.input(0), node.outputs[0]
-            if node.op_type in SAME_SHAPE and out not in self.dims and source in self.dims:
-                self.dims[out] = self.dims[source]
-                self.types[out] = self.types.get(source, onnx.TensorProto.FLOAT)
-
-    def _elementwise(self, node: Node) -> bool:
-        """Note the output of an operator that works element by element; False for others."""
-        if node.domain != "" or not (node.op_type in SAME or node.op_type in BROADCAST):
-            return False
-        given = [name for name in node.inputs if name]
-        if any(name not in self.dims or name not in self.types for name in given):
-            return False
-        dims: Dims | None = self.dims[given[0]]
-        if node.op_type in BROADCAST:
-            dims = broadcast(self.dims[given[0]], self.dims[given[1]])
-        if dims is None:
-            return False
-        self.note(node.outputs[0], (self.types[given[0]], dims))
-        return True
-
-    def _apply_shape_rule(self, node: Node) -> None:
-        present = [name for name in node.inputs if name]
-        if any(name not in self.dims or name not in self.types for name in present):
-            return
-        inputs = [(self.dims[n], self.types[n]) if n else ((), 0) for n in node.inputs]
-        for name, (dims, kind) in zip(node.outputs, output_shapes(node, inputs), strict=False):
-            if name:
-                self.dims[name], self.types[name] = dims, kind
-
-    def _fold(self, node: Node, fold: Callable[..., Any]) -> bool:
-        name = node.outputs[0]
-        known = self.base.values.get(name) if self.base else None
-        out = known if known is not None and self._is_unchanged(node) else None
-        if out is None:
-            inputs = self._operands(node)
-            if inputs is None:
-                return False
-            try:
-                out = np.asarray(fold(node, *inputs))
-            except (ValueError, IndexError, TypeError, ZeroDivisionError, MemoryError):
-                return False
-            if out.size > FOLD_LIMIT:
-                return False
-            if known is not None and known.dtype == out.dtype and np.array_equal(known, out):
-                out = known
-        self.values[name] = out
-        self.dims[name] = out.shape
-        if name not in self.types:
-            value = self.recorded.get(name)
-            kind = value.type.tensor_type.elem_type if value else 0
-            self.types[name] = kind or helper.np_dtype_to_tensor_dtype(out.dtype)
-        return True
-
-    def _split(self, node: Node) -> bool:
-        """The parts of a known list of lengths."""
-        whole = self.value(node.inputs[0])
-        sizes = self.value(node.input(1)) if node.input(1) else node.attr("split")
-        if whole is None or whole.ndim != 1 or (node.input(1) and sizes is None):
-            return False
-        count = len(node.outputs)
-        size = -(-whole.size // count)
-        ends = np.cumsum([size] * count if sizes is None else sizes)[:-1]
-        for name, part in zip(node.outputs, np.split(whole, ends), strict=True):
-            if name:
-                self.values[name], self.dims[name] = part, part.shape
-                self.types[name] = helper.np_dtype_to_tensor_dtype(part.dtype)
-        return True
-
-    def _operands(self, node: Node) -> list[Array | None] | None:
-        """The values that the node computes from; None where one is not known."""
-        if node.op_type in ("Shape", "Size"):
-            dims = self.dims.get(node.inputs[0])
-            return None if dims is None else [np.array(dims, np.int64)]
-        found: list[Array | None] = []
-        for name in node.inputs:
-            value = self.value(name) if name else None
-            if value is None and name:
-                return None
-            found.append(value)
-        return found
-
-    def _is_unchanged(self, node: Node) -> bool:
-        """Whether the node computes from what it computes from at the other assignment."""
-        assert self.base is not None
-        if node.op_type in ("Shape", "Size"):
-            dims = self.dims.get(node.inputs[0])
-            return dims is not None and dims == self.base.dims.get(node.inputs[0])
-        mine, theirs, constants = self.values, self.base.values, self.graph.constants
-        for name in node.inputs:
-            if name and name not in constants and mine.get(name) is not theirs.get(name, self):
-                return False
-        return True
-
-    def _from_operands(self, node: Node) -> None:
-        """Shapes that follow from an operand's value where onnx's inference does not look at it."""
-        source, out = self.dims.get(node.input(0)), node.outputs[0]
-        if node.domain or source is None or out in self.dims:
-            return
-        if node.op_type == "Compress" and node.attr("axis") is not None:
-            condition = self.value(node.input(1))
-            if condition is not None:
-                axis = node.attr("axis") % len(source)
-                self.dims[out] = (*source[:axis], int(condition.sum()), *source[axis + 1 :])
-        elif node.op_type == "MaxUnpool" and node.input(2):
-            shape = self.value(node.input(2))
-            if shape is not None:
-                self.dims[out] = tuple(int(n) for n in shape)
-        if out in self.dims:
-            self.types[out] = self.types.get(node.input(0), onnx.TensorProto.FLOAT)
-
-    def _infer(self, node: Node) -> None:
-        if (node.domain, node.op_type) in SHAPE_RULES:
-            self._apply_shape_rule(node)
-            return
-        schema = self.cache.schema(node, self.graph)
-        if schema is None:
-            return
-        given: list[Any] = []
-        for name in node.inputs:
-            if name and (name not in self.dims or name not in self.types):
-                return
-            value = self.value(name) if name else None
-            content = None if value is None else (value.dtype.str, value.shape, value.tobytes())
-            given.append((self.types[name], self.dims[name], content) if name else None)
-        present = tuple(map(bool, node.outputs))
-        attributes = self.cache.attribute_key(node)
-        key = (node.op_type, node.domain, attributes, present, tuple(given))
-        if key not in self.cache.outputs:
-            self.cache.outputs[key] = self._ask(node, schema)
-        for name, kind in zip(node.outputs, self.cache.outputs[key], strict=True):
-            if name:
-                self.note(name, kind)
-
-    def _ask(self, node: Node, schema: onnx.defs.OpSchema) -> list[Kind | None]:
-        """What onnx infers for each output of the node."""
-        names = {name for name in node.inputs if name}
-        kinds = {n: helper.make_tensor_type_proto(self.types[n], self.dims[n]) for n in names}
-        values = {name: self.value(name) for name in names}
-        data = {
-            name: numpy_helper.from_array(np.ascontiguousarray(value), name)
-            for name, value in values.items()
-            if value is not None
-        }
-        try:
-            outputs = onnx.shape_inference.infer_node_outputs(
-                schema,
-                node.proto,
-                kinds,
-                data,
-                opset_imports=list(self.graph.model.opset_import),
-                ir_version=self.graph.model.ir_version,
-            )
-        except Exception:  # a node that cannot be inferred leaves its outputs unknown
-            return [None] * len(node.outputs)
-        found = (outputs.get(name) for name in node.outputs)
-        return [None if kind is None else kind_of(kind) for kind in found]

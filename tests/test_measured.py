@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import pytest
 
 from onnxprune import verify
 from onnxprune.graph import Graph
@@ -92,4 +93,68 @@ def test_a_length_of_batch_and_channels_together_is_computed() -> None:
     )
     result = prune_half(model)
     assert shapes(result.model)["w1"][0] == 4
+    assert result.error <= TOLERANCE
+
+
+def test_a_head_on_pooled_regions_is_pruned() -> None:
+    """How many regions there are follows data; channels and bins do not."""
+    model = build(
+        "(float[1,3,8,8] x, float[5,4] boxes) => (float[M,4] y)",
+        """h = Conv(x, w1)  r = Relu(h)  f = ReduceSum<keepdims=0>(boxes, axis)  far = Sub(f, f)
+        k = Greater(f, far)  n = NonZero(k)  i = Squeeze(n, nought)  b = Gather(boxes, i)
+        s = Shape(i)  where = ConstantOfShape<value = int64[1] {0}>(s)
+        p = RoiAlign<output_height=2, output_width=2, mode="avg">(r, b, where)
+        m = Shape(p)  c = Gather(m, nought)  t = Concat<axis=0>(c, rest)  q = Reshape(p, t)
+        a = MatMul(q, w2)  e = Relu(a)  y = MatMul(e, w3)""",
+        "w1:8,3,1,1 w2:32,16 w3:16,4 axis=1 nought=0 rest=-1",
+        opset=16,
+    )
+    found = infer(Graph.of(model))
+    assert found.dims("p") == (1000, 8, 2, 2)
+    assert [found.is_fixed("p", axis) for axis in range(4)] == [False, True, True, True]
+    result = prune_half(model)
+    assert (shapes(result.model)["w1"][0], shapes(result.model)["w2"]) == (4, (16, 8))
+    assert result.error <= TOLERANCE
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_a_limit_on_what_follows_data_fixes_no_length(limit: int) -> None:
+    model = build(
+        "(float[4,6] x) => (float[M,6] y)",
+        """r = ReduceSum<keepdims=0>(x, axis)  far = Sub(r, r)  k = Greater(r, far)
+        n = NonZero(k)  i = Squeeze(n, nought)  top = Slice(i, nought, most)
+        g = Gather<axis=0>(x, top)  s = Shape(g)  y = Reshape(g, s)""",
+        f"axis=1 nought=0 most={limit}",
+    )
+    found = infer(Graph.of(model))
+    assert [found.is_fixed(name, 0) for name in ("top", "g", "y")] == [False] * 3
+    assert not found.is_fixed_value("s")
+    assert found.is_fixed("r", 0)
+
+
+def test_lengths_of_unique_and_compressed_elements_are_counts() -> None:
+    model = build(
+        "(float[4,6] x, bool[4] c) => (float[?] y, float[?,6] z)",
+        "y, a, b, d = Unique(x)  z = Compress<axis=0>(x, c)  e = Unique<axis=1>(x)",
+    )
+    found = infer(Graph.of(model))
+    assert [found.dims(n) for n in "yabdze"] == [
+        (1000,), (1000,), (24,), (1000,), (1000, 6), (4, 1000)
+    ]  # fmt: skip
+    assert [found.is_fixed("z", axis) for axis in range(2)] == [False, True]
+
+
+def test_a_length_that_is_a_value_is_measured() -> None:
+    model = build(
+        "(float[N,6] x) => (float[M,4] y)",
+        """m = ReduceMax<keepdims=0>(x)  k = Ceil(m)  e = Cast<to=7>(k)  end = Unsqueeze(e, nought)
+        g = Slice(x, nought, end, nought)  s = Shape(g)  f = Reshape(g, s)
+        a = MatMul(f, w1)  b = Relu(a)  y = MatMul(b, w2)""",
+        "w1:6,16 w2:16,4 nought=0",
+    )
+    found = infer(Graph.of(model))
+    assert found.doubted >= {"g", "s", "f", "a"}
+    assert not any(found.is_fixed("a", axis) for axis in range(2))
+    result = prune_half(model)
+    assert shapes(result.model)["w2"] == (8, 4)
     assert result.error <= TOLERANCE

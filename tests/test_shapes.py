@@ -68,4 +68,4 @@ def test_padding_that_keeps_the_size_is_folded() -> None:
     assert list(zero.dims) == [3]
     found = infer(Graph.of(model))
     np.testing.assert_array_equal(found.value("c"), [1])
-    assert not found.measured
+    assert not found.doubted

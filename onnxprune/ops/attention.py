@@ -16,10 +16,10 @@ import numpy as np
 from onnxprune.coupling import NO_CHANNELS, Interpreter
 from onnxprune.graph import Node
 from onnxprune.labels import Labels
+from onnxprune.operator_shapes import Dims
 from onnxprune.ops.choices import prefer_heads
 from onnxprune.ops.registry import rewrite, rule
 from onnxprune.rewriting import Rewriter
-from onnxprune.shapes import Dims
 from onnxprune.vendor import MICROSOFT
 
 Dimension = Callable[[Node, int], Dims]

@@ -17,9 +17,9 @@ from onnxprune.labels import (
     repeat,
     runs,
 )
+from onnxprune.operator_shapes import Dims
 from onnxprune.ops.registry import rewrite, rule
 from onnxprune.rewriting import Rewriter
-from onnxprune.shapes import Dims
 
 #: Above this many labels a reshape is not followed (only reached by flattening whole feature maps).
 SPREAD_LIMIT = 1 << 24
