@@ -18,6 +18,7 @@ import typer
 
 from onnxprune import commands
 from onnxprune.errors import InvalidRecipeError, OnnxPruneError
+from onnxprune.interruption import forget_interrupt, interruptible
 
 if TYPE_CHECKING:
     from onnxprune.plan import Plan
@@ -396,19 +397,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on `argv`, by default the process's own, and return the exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args or os.environ.get("ONNXPRUNE_DEBUG", "0") not in ("", "0")
-    try:
-        code = int(app(args, standalone_mode=False, prog_name="onnxprune") or FINE)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except BrokenPipeError:  # the reader has gone; what is still buffered must not fail at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
-    except Exception as error:
-        return _fail(error, debug)
-    if code == INTERRUPTED:
-        _say("interrupted; existing files are as they were")
-    return code
+    with interruptible() as interruption:
+        try:
+            code = int(app(args, standalone_mode=False, prog_name="onnxprune") or FINE)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        except BrokenPipeError:  # the reader has gone; what is still buffered must not fail at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return FAILED
+        except Exception as error:
+            if not interruption.came:
+                return _fail(error, debug)
+            code = INTERRUPTED
+        if code == INTERRUPTED:
+            forget_interrupt()
+            _say("interrupted; existing files are as they were")
+        return code
 
 
 def _fail(error: Exception, debug: bool) -> int:
@@ -487,3 +492,7 @@ def _finish(result: Result, outputs: Outputs, *, layers: bool) -> int:
     outputs.write(result.model, result)
     print(f"wrote {outputs.names}")
     return FINE
+
+
+if __name__ == "__main__":  # `python -m onnxprune.cli` must not do nothing and call it success
+    sys.exit(main())

@@ -398,6 +398,9 @@ def _feeds(
     """Inputs for the checks: random ones at two batch sizes, and real ones where there are some.
 
     A length that was baked in shows at another batch size.
+
+    Raises:
+        InvalidDataError: the model does not run on the data.
     """
     from onnxprune import runtime
 
@@ -405,8 +408,15 @@ def _feeds(
     real: list[Feeds] = [] if first is None else [first.feeds]
     if as_float32:
         model, real = float32_copy(model), [float32_feeds(feeds) for feeds in real]
+    target = runtime.session(model, threads=threads)
     try:
-        return [*runtime.working_feeds(model, seed=seed, threads=threads), *real]
+        for feeds in real:
+            runtime.run(target, feeds)
+    except (InvalidDataError, InvalidModelError) as failure:
+        raise InvalidDataError(f"the model does not run on the data: {failure}") from failure
+    try:
+        made = runtime.working_feeds(model, seed=seed, threads=threads, target=target)
+        return [*made, *real]
     except InvalidDataError:
         if not real:
             raise

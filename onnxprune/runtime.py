@@ -187,14 +187,20 @@ _TRIED: Final = ((2, 1), (1, 1), (2, 4), (1, 4), (1, 16), (1, 32), (1, 64), (1, 
 
 
 def working_feeds(
-    model: onnx.ModelProto, *, seed: int = 0, threads: int | None = None
+    model: onnx.ModelProto,
+    *,
+    seed: int = 0,
+    threads: int | None = None,
+    target: InferenceSession | None = None,
 ) -> list[dict[str, NDArray[Any]]]:
     """Random feeds on which the model runs, and others of another batch size where it runs on them.
+
+    `target` is a session of the model, where there is one.
 
     Raises:
         InvalidModelError, InvalidDataError: the model runs on none of the sizes that are tried.
     """
-    target = session(model, threads=threads)
+    target = target or session(model, threads=threads)
     failure: InvalidDataError | InvalidModelError | None = None
     tried = _TRIED[::-1] if dies_on_empty(model) else _TRIED
     for second, (batch, scale) in product((False, True), tried):

@@ -17,6 +17,7 @@ import onnx
 import pytest
 
 from onnxprune import cli, runtime
+from tests.graphs import build
 
 GOLDEN = Path(__file__).parent / "golden"
 PRUNE = "prune in.onnx out.onnx --channels 0.5"
@@ -194,6 +195,16 @@ def flush(stream):
 files.flush = flush
 sys.exit(cli.main(sys.argv[1:]))
 """
+
+
+def test_data_on_which_the_model_does_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """No group of channels is to blame."""
+    body = "s = Add(x, m) h = MatMul(s, w0) y = MatMul(h, w1)"
+    head = "(float[N, L, 4] x, float[M, K, 4] m) => (float[P, Q, 4] y)"
+    onnx.save(build(head, body, "w0:4,8 w1:8,4"), "two.onnx")
+    np.savez("two.npz", x=np.ones((9, 5, 4), np.float32), m=np.ones((9, 3, 4), np.float32))
+    assert cli.main("prune two.onnx out.onnx --channels 0.5 --data two.npz".split()) == 2
+    assert "error: the model does not run on the data: " in capsys.readouterr().err
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")

@@ -227,6 +227,14 @@ def test_inputs_without_a_batch_axis_are_fed_whole() -> None:
     assert len(data) == 10
 
 
+@pytest.mark.parametrize(("length", "shapes"), [(10, [8, 2]), (7, [7, 7])])
+def test_batch_axes_with_names_of_their_own(length: int, shapes: list[int]) -> None:
+    """torch.export names them s10 and s86; another length says that it counts something else."""
+    two = model(FLAT, ("mask", TensorProto.FLOAT, ["M", 2]))
+    data = open_data({"image": X, "mask": np.ones((length, 2), np.float32)}, two)
+    assert [len(b.feeds["mask"]) for b in data.batches(8)] == shapes
+
+
 def test_initializers_are_no_inputs_to_feed() -> None:
     proto = model(FLAT, ("weight", TensorProto.FLOAT, [6]))
     proto.graph.initializer.append(helper.make_tensor("weight", TensorProto.FLOAT, [6], [0.0] * 6))

@@ -84,7 +84,19 @@ def limited(
     free = not any(coupling.shapes.is_fixed(name, 0) for name, a in fitting[0].items() if a.ndim)
     if each > budget_bytes and free:
         fitting = [{name: a[:rows] for name, a in fitting[0].items()}]
+    if len(fitting) == 1 and free:
+        fitting = _halved(fitting[0])
     return replace(calibration, batches=fitting)
+
+
+def _halved(batch: Mapping[str, Array]) -> list[Mapping[str, Array]]:
+    """Two batches, where that can be: each half of the data checks what the other one gives."""
+    lengths = {a.shape[0] if a.ndim else 0 for a in batch.values()}
+    if len(lengths) > 1 or min(lengths) < 2:
+        return [batch]
+    middle = -(-lengths.pop() // 2)
+    parts = (slice(middle), slice(middle, None))
+    return [{name: a[part] for name, a in batch.items()} for part in parts]
 
 
 def peak_bytes(coupling: Coupling, feeds: Mapping[str, Array]) -> int:

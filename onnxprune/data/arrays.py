@@ -102,6 +102,7 @@ def open_arrays(arrays: Mapping[str, Member | Array], inputs: Inputs, where: str
     columns: dict[str, Column] = {}
     shared: dict[str, Array] = {}
     found = inputs.by_name(given, where)
+    inputs = inputs.counting({name: array.shape for name, array in found.items()})
     for spec in inputs.specs:
         array = found[spec.name]
         spec.check_dtype(array.dtype, where)

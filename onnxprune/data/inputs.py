@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,25 @@ class Inputs:
                 "and labels are called 'y'"
             )
         return {name: given[name] for name in self.names}
+
+    def counting(self, shapes: Mapping[str, tuple[int, ...]]) -> Inputs:
+        """Also inputs whose free first axis has another name count samples, if as long as others.
+
+        torch.export names the batch axis of each input by itself (s10, s86).
+        """
+        first = next((s.name for s in self.specs if s.batched), None)
+        if first is None or not shapes[first]:
+            return self
+        count = shapes[first][0]
+        return replace(
+            self,
+            specs=tuple(
+                replace(spec, batched=True)
+                if spec.shape and spec.shape[0] is None and shapes[spec.name][:1] == (count,)
+                else spec
+                for spec in self.specs
+            ),
+        )
 
     def label_name(self, names: list[str]) -> str | None:
         """Which of `names` holds the labels, if one does."""
