@@ -310,7 +310,14 @@ def _data(source: str | None, model: onnx.ModelProto) -> Any:
 def _measured(
     before: onnx.ModelProto, after: onnx.ModelProto, source: str | None, threads: int | None
 ) -> list[dict[str, float]]:
-    """Metrics of both models; none without data."""
+    """Metrics of both models; none without data.
+
+    Raises:
+        VerificationError: the second model is not sound.
+    """
+    from onnxprune.verify import require_sound
+
+    require_sound(after, before, threads)
     if source is None:
         return [{}, {}]
     from onnxprune.metrics import evaluate

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnxprune import io
 from onnxprune.coupling import Coupling
 from onnxprune.errors import OnnxPruneError, VerificationError
-from onnxprune.float32 import float32_copy, uses_halves
+from onnxprune.float32 import float32_copy, needs_float32, uses_halves
 from onnxprune.groups import Group, Units
 from onnxprune.probes import are_telling, follow_inputs, probes, with_outputs
 from onnxprune.rewriting import Mask
@@ -73,6 +73,50 @@ def structure_problems(model: onnx.ModelProto, original: onnx.ModelProto) -> lis
         if ours != theirs:
             problems.append(f"the {kind}s are {ours}, they were {theirs}")
     return problems
+
+
+def require_sound(
+    model: onnx.ModelProto, original: onnx.ModelProto, threads: int | None = None
+) -> None:
+    """Level 1 for a model about to be written: it also runs, and finite outputs stay finite.
+
+    Raises:
+        VerificationError: says what is wrong.
+    """
+    problems = structure_problems(model, original) or _failures(model, original, threads)
+    if problems:
+        raise VerificationError(
+            f"the result is not sound: {problems[0]}; nothing was written; please report this model"
+        )
+
+
+def _failures(model: onnx.ModelProto, original: onnx.ModelProto, threads: int | None) -> list[str]:
+    """What goes wrong on random inputs on which the original runs; nothing where it runs on none.
+
+    Both models are float32 copies where ONNX Runtime lacks kernels for their own types.
+    """
+    from onnxprune import runtime
+
+    try:
+        if needs_float32(original, threads):
+            model, original = float32_copy(model), float32_copy(original)
+        target = runtime.session(original, threads=threads)
+        feeds = runtime.working_feeds(original, threads=threads, target=target)[0]
+        wanted = runtime.run(target, feeds)
+    except OnnxPruneError:
+        return []
+    try:
+        found = runtime.run(runtime.session(model, threads=threads), feeds)
+    except OnnxPruneError as error:
+        return [str(error)]
+    return [
+        f"output {name!r} holds numbers that are not finite"
+        for name, value in wanted.items()
+        if isinstance(value, np.ndarray)
+        and value.dtype.kind == "f"
+        and np.isfinite(value).all()
+        and not np.isfinite(found[name]).all()
+    ]
 
 
 def _passes(model: onnx.ModelProto) -> bool:

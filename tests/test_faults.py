@@ -158,6 +158,58 @@ def test_bad_files(
     assert snapshot() == before
 
 
+def not_finite(model: onnx.ModelProto) -> None:
+    """A weight that is no number."""
+    tensor = model.graph.initializer[0]
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    array.flat[0] = np.nan
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+
+
+def twice(model: onnx.ModelProto) -> None:
+    """A name that is given twice."""
+    model.graph.initializer.append(model.graph.initializer[0])
+
+
+def misfit(model: onnx.ModelProto) -> None:
+    """A weight of another shape."""
+    tensor = model.graph.initializer[0]
+    fresh = onnx.numpy_helper.from_array(np.ones((3, 3), np.float32), tensor.name)
+    tensor.CopyFrom(fresh)
+
+
+@pytest.mark.parametrize("spoil", [not_finite, twice, misfit])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("prune-weights", "prune_weights.PruneWeights"),
+        ("in place", "prune_weights.PruneWeights"),
+        ("prune-layers", "prune_layers.PruneLayers"),
+        ("run", "prune_weights.PruneWeights"),
+    ],
+)
+def test_a_result_that_is_not_sound_is_not_written(
+    name: str,
+    kind: str,
+    spoil: Callable[[onnx.ModelProto], None],
+    contents: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    module, _, own = f"onnxprune.passes.{kind}".rpartition(".")
+    run = getattr(__import__(module, fromlist=[own]), own).__call__
+
+    def call(*args: Any, **options: Any) -> Any:
+        result = run(*args, **options)
+        spoil(result.model)
+        return result
+
+    monkeypatch.setattr(f"onnxprune.passes.{kind}.__call__", call)
+    assert cli.main(COMMANDS[name].split()) == 1
+    assert "the result is not sound: " in capsys.readouterr().err
+    assert snapshot() == contents
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_native_code_that_turns_an_interrupt_into_an_error(
