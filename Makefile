@@ -11,7 +11,7 @@ REAL := .venv-real
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full test-real coverage lint format benchmark-fashion benchmark-accuracy benchmark-peers conformance clean
+.PHONY: help demo test test-full test-real coverage lint format benchmark-fashion benchmark-accuracy benchmark-peers benchmark-training conformance clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ benchmark-accuracy: $(TRAINING) $(PEERS)  ## Follow the accuracy of networks thr
 
 benchmark-peers: $(INSTALLED) $(PEERS)  ## Compare with other pruners (ARGS=--all: on all networks of torchvision)
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+benchmark-training: $(TRAINING) $(PEERS)  ## Compare the cost of a training step with PyTorch's
+	$(BIN)/python -m benchmarks.training $(ARGS)
 
 conformance: $(INSTALLED)  ## Prune every model of the conformance set and print the table
 	$(BIN)/python -m benchmarks.conformance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxprune.errors import TrainingError
+from onnxprune.training.blocked import block_of, probe_image, probe_model
 from onnxprune.training.draft import to_model
 from onnxprune.training.groups import ParameterGroup, rates_and_decays
 from onnxprune.training.legalise import TrainingGraph
@@ -20,6 +22,7 @@ PROBE_STEPS = (1e-3, 3e-4, 1e-4, 3e-5, 5e-3)
 TOLERANCE = 0.05
 NOISE = 1e-6
 LOSS_TOLERANCE = 2e-3
+_log = logging.getLogger(__name__)
 
 
 class Gradients(Protocol):
@@ -82,7 +85,18 @@ class WorkerTrainer:
         """The gradient graph, as bytes [B]."""
         model = np.frombuffer(to_model(graph.draft).SerializeToString(), np.uint8)
         _, arrays = self._worker.call("differentiate", {"model": model}, trained=self.names)
-        return np.frombuffer(polish(arrays["gradient"].tobytes()), np.uint8)
+        gradient = polish(arrays["gradient"].tobytes(), self._block())
+        return np.frombuffer(gradient, np.uint8)
+
+    def _block(self) -> int:
+        """Channels of a block of the runtime's convolutions; 0 where it has no such."""
+        model = np.frombuffer(probe_model().SerializeToString(), np.uint8)
+        try:
+            _, arrays = self._worker.call("run", {"model": model, "x": probe_image()})
+        except TrainingError as error:
+            _log.debug("no blocked convolutions: %s", error)
+            return 0
+        return block_of(arrays["y"])
 
     def grads(self, batch: Mapping[str, NDArray[Any]]) -> tuple[float, dict[str, NDArray[Any]]]:
         """Loss of a batch, and the gradient of every trained parameter; nothing is updated."""
