@@ -21,6 +21,7 @@ from onnxprune.result import Cost, FrozenRow, GroupRow, Inspection, LayerRow
 from onnxprune.rewriting import Mask, Rewriter
 from onnxprune.shapes import infer
 from onnxprune.statics import fold_statics
+from onnxprune.unroll import unroll_sequences
 from onnxprune.untie import untie_vectors
 
 
@@ -40,12 +41,13 @@ class Analysis:
 
 
 def normalized(model: onnx.ModelProto) -> Graph:
-    """The index of `model`, its local functions inlined, names unique over all bodies.
+    """The index of `model`, its local functions inlined, names unique over all bodies, no
+    loop that builds a sequence a fixed number of times.
 
     No weight outside of functions and bodies is copied.
     """
     if not model.functions:
-        return separate_bodies(Graph.of(model))
+        return unroll_sequences(separate_bodies(Graph.of(model)))
     from onnx import inliner
 
     skeleton = head(model)
@@ -54,7 +56,8 @@ def normalized(model: onnx.ModelProto) -> Graph:
     skeleton.graph.initializer.extend(names)  # what functions define must not be called so
     inlined = inliner.inline_local_functions(skeleton)
     graph = Graph.of(inlined, model.graph.initializer)
-    return separate_bodies(graph.with_nodes(node.proto for node in graph.top))
+    whole = separate_bodies(graph.with_nodes(node.proto for node in graph.top))
+    return unroll_sequences(whole)
 
 
 @collection_paused()

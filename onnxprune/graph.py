@@ -243,10 +243,12 @@ class Graph:
         kept = (tensor for tensor in self.initializers if tensor.name not in tensors)
         return Graph._index(head(self.model, made), top, (*kept, *added), self.constants)
 
-    def with_nodes(self, protos: Iterable[onnx.NodeProto]) -> Graph:
-        """The graph with these nodes outside of bodies in place of its own."""
+    def with_nodes(
+        self, protos: Iterable[onnx.NodeProto], added: Iterable[onnx.TensorProto] = ()
+    ) -> Graph:
+        """The graph with these nodes outside of bodies in place of its own, and more tensors."""
         top = _read(protos)
-        return Graph._index(head(self.model), top, self.initializers)
+        return Graph._index(head(self.model), top, (*self.initializers, *added))
 
     def whole(self) -> onnx.ModelProto:
         """The model with all nodes and initializers: `model` itself where it has them."""

@@ -299,7 +299,7 @@ class Walk:
         kinds = {n: helper.make_tensor_type_proto(self.types[n], self.dims[n]) for n in names}
         values = {name: self.value(name) for name in names}
         data = {
-            name: numpy_helper.from_array(np.ascontiguousarray(value), name)
+            name: numpy_helper.from_array(np.asarray(value, order="C"), name)
             for name, value in values.items()
             if value is not None
         }

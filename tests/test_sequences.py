@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import onnx
 import pytest
 
 from onnxprune import verify
+from onnxprune.analysis import analyse
 from onnxprune.pipeline import inspect
 from tests.graphs import TOLERANCE, build, prune_half, shapes
 
@@ -121,15 +123,41 @@ def test_sequences_that_leave_the_model_stay_whole() -> None:
     }
 
 
-def test_a_sequence_that_a_loop_collects_stays_whole() -> None:
-    model = build(
-        "(float[N,6] x) => (float[N,4] y)",
-        """h = MatMul(x, w1)  s = SequenceEmpty()
-        t = Loop (trips, , s) < body = l (int64 i, bool go, seq(float[N,8]) c)
-          => (bool on, seq(float[N,8]) d) { on = Identity(go)  d = SequenceInsert(c, h) } >
+def _collecting(trips: str, weights: str, go_on: str = "go", extra: str = "") -> onnx.ModelProto:
+    return build(
+        f"(float[N,6] x{extra}) => (float[N,4] y)",
+        f"""h = MatMul(x, w1)  s = SequenceEmpty()
+        t = Loop ({trips}, , s) < body = l (int64 i, bool go, seq(float[N,8]) c)
+          => (bool on, seq(float[N,8]) d) {{
+            on = Identity({go_on})  p = Cast<to=1>(i)  q = Add(h, p)  d = SequenceInsert(c, q) }} >
         k = ConcatFromSequence<axis=1>(t)  y = MatMul(k, w2)""",
-        "w1:6,8 w2:24,4 trips=3",
+        weights,
     )
+
+
+def test_a_loop_that_collects_a_fixed_number_is_unrolled() -> None:
+    model = _collecting("trips", "w1:6,8 w2:24,4 trips=3")
     result = prune_half(model)
-    assert shapes(result.model) == shapes(model)
-    assert any("no fixed number of tensors" in r.reason for r in inspect(model).frozen)
+    after = shapes(result.model)
+    assert (after["w1"], after["w2"]) == ((6, 4), (12, 4))
+    assert result.error <= TOLERANCE
+    assert [node.op_type for node in result.model.graph.node].count("SequenceInsert") == 3
+    assert not verify.structure_problems(result.model, model)
+
+
+@pytest.mark.parametrize(
+    ("trips", "weights", "go_on", "extra"),
+    [
+        ("n", "w1:6,8 w2:24,4", "go", ", int64 n"),
+        ("trips", "w1:6,8 w2:24,4 trips=3", "stop", ", bool stop"),
+        ("trips", "w1:6,8 w2:1600,4 trips=200", "go", ""),
+    ],
+    ids=["asked-for", "stopped", "too-often"],
+)
+def test_a_sequence_that_other_loops_collect_stays_whole(
+    trips: str, weights: str, go_on: str, extra: str
+) -> None:
+    model = _collecting(trips, weights, go_on, extra)
+    analysis = analyse(model)
+    assert [node.op_type for node in analysis.coupling.graph.top].count("Loop") == 1
+    assert any("no fixed number of tensors" in row.reason for row in inspect(model).frozen)
