@@ -215,10 +215,10 @@ def tensor_bytes(tensor: TensorProto) -> int:
     if tensor.data_type == TensorProto.STRING:
         return sum(len(value) for value in tensor.string_data)
     count: int = math.prod(tensor.dims)
-    return (count * _bits(tensor.data_type) + 7) // 8
+    return (count * bits(tensor.data_type) + 7) // 8
 
 
-def _bits(data_type: int) -> int:
+def bits(data_type: int) -> int:
     """The width of one value, 0 for a type that is not set."""
     if data_type == TensorProto.UNDEFINED:
         return 0

@@ -7,6 +7,7 @@ inputs, shows those shapes; lengths that follow data or size differ between the 
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING
 import onnx
 from onnx import TensorProto, helper
 
+from onnxprune import io
 from onnxprune.errors import OnnxPruneError
 from onnxprune.graph import Graph
+from onnxprune.protos import reads
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -27,6 +30,8 @@ Numbers = Mapping[tuple[str, int], int]
 #: Shape and element type by tensor.
 Known = Mapping[str, tuple[Dims, int]]
 Pair = tuple[Known, Known]
+#: Models whose activations take more are not run for their shapes alone.
+LIMIT_BYTES = 1 << 31
 #: How many inputs of each size are tried at most, and for how long.
 RUNS = 8
 SECONDS = 1.0
@@ -59,6 +64,22 @@ def measure(graph: Graph, names: Sequence[str], sizes: tuple[Numbers, Numbers]) 
         return None
     base = min(first, key=_empty)
     return base, max(second, key=lambda other: (_varying(base, other), -_empty(other)))
+
+
+def peak_bytes(graph: Graph, dims: Mapping[str, Dims], types: Mapping[str, int]) -> int:
+    """The least memory that activations of known shape take in a run, each until its last use."""
+    last = {name: node.index for node in graph.top for name in reads(node.proto)}
+    ends: dict[int, list[int]] = {}
+    held = peak = 0
+    for node in graph.top:
+        for name in node.outputs:
+            if name in dims and name not in graph.constants:
+                size = math.prod(dims[name]) * io.bits(types.get(name, TensorProto.FLOAT)) // 8
+                ends.setdefault(last.get(name, node.index), []).append(size)
+                held += size
+        peak = max(peak, held)
+        held -= sum(ends.pop(node.index, ()))
+    return peak
 
 
 def _with_outputs(model: onnx.ModelProto, names: Iterable[str]) -> onnx.ModelProto:

@@ -25,7 +25,39 @@ if TYPE_CHECKING:
     Model: TypeAlias = onnx.ModelProto | str | os.PathLike[str] | onnxruntime.InferenceSession
 
 Array = NDArray[Any]
+#: How many bytes of a reference's outputs are remembered.
+ROOM = 1 << 28
 _IGNORED = -1  # labels below 0 (-100 by custom) stand for "do not count"
+
+
+class Reference:
+    """A model to compare outputs with on one data set: what it answers is remembered, up to `ROOM`.
+
+    So a series of candidates costs one run of the original each batch, not one for each.
+    """
+
+    def __init__(self, model: Model, *, threads: int | None = None) -> None:
+        self._model, self._threads = model, threads
+        self._session: onnxruntime.InferenceSession | None = None
+        self._known: list[dict[str, Array]] = []
+        self._room = ROOM
+
+    def outputs(self, number: int, names: list[str], batch: Batch) -> dict[str, Array]:
+        """The outputs `names` on batch `number`."""
+        if number < len(self._known):
+            return self._known[number]
+        if self._session is None:
+            self._session = _session(self._model, self._threads)
+        found = _run(self._session, names, batch)
+        size = sum(getattr(value, "nbytes", ROOM) for value in found.values())
+        if number == len(self._known) and size <= self._room:
+            self._known.append(found)
+            self._room -= size
+        return found
+
+    def release(self) -> None:
+        """Give the session's memory back."""
+        self._session = None
 
 
 def evaluate(
@@ -34,7 +66,7 @@ def evaluate(
     *,
     batch_size: int = 64,
     threads: int | None = None,
-    reference: Model | None = None,
+    reference: Model | Reference | None = None,
 ) -> dict[str, float]:
     """Metrics of `model` on all of `data`, by name.
 
@@ -48,23 +80,28 @@ def evaluate(
         data: samples with or without labels; without labels and reference there is nothing to
             measure. batch_size: samples a run, where the model's batch axis is dynamic. threads: of
             each session made here; None leaves it to ONNX Runtime. reference: the model to compare
-            outputs with, by output name.
+            outputs with, by output name;
+            a `Reference` is run once for all models evaluated on these data.
 
     Raises:
         InvalidDataError: no samples, or labels that fit no output.
     """
     session = _session(model, threads)
-    other = None if reference is None else _session(reference, threads)
+    other = reference
+    if other is not None and not isinstance(other, Reference):
+        other = Reference(other, threads=threads)
     names = [value.name for value in session.get_outputs()]
     classes, errors, likeness = Classes(), SquaredError(), Likeness()
     count = 0
     for batch in data.batches(batch_size):
         outputs = _run(session, names, batch)
-        count += 1
         if batch.labels is not None:
             _score(outputs, batch.labels, classes, errors)
         if other is not None:
-            likeness.add(outputs, _run(other, names, batch))
+            likeness.add(outputs, other.outputs(count, names, batch))
+        count += 1
+    if other is not None:
+        other.release()
     if not count:
         raise InvalidDataError("no samples to evaluate; give data that fills at least one batch")
     return {**errors.result(), **classes.result(), **likeness.result()}

@@ -33,6 +33,7 @@ from onnxprune.granularity import Granularity
 from onnxprune.granularity import parse as parse_granularity
 from onnxprune.groups import Group
 from onnxprune.loop import Attempt, Loop, Rebuilt, Trial
+from onnxprune.metrics import Reference
 from onnxprune.options import Options, Verified
 from onnxprune.plan import Plan, PlannedGroup, fingerprint
 from onnxprune.preparation import replay_lossless, without_dead
@@ -177,9 +178,12 @@ def prune(
         seen = calibration if isinstance(calibration, Calibration) else None
         options = replace(options, criterion=criterion or default_criterion(seen))
         old = measure(original, held_out, None, threads)
+        reference = Reference(original, threads=threads)
 
     def rebuilt(verified: Verified) -> Rebuilt:
-        return rebuild(analysis, verified, calibration, train, held_out, options, listener)
+        return rebuild(
+            analysis, verified, calibration, train, held_out, reference, options, listener
+        )
 
     trials: tuple[Trial, ...] = ()
     if budget.kind == "lossless":

@@ -6,6 +6,7 @@ whose random weights let the image fade away returns the same boxes for every im
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from onnxprune.rewriting import Mask, Rewriter
 
 #: How many inner tensors are compared.
 COUNT = 32
+#: Larger ones, in elements at the first assumed size, are compared only where all are larger.
+LARGE = 1 << 22
 #: Differences between samples, relative to the largest value, that rounding may explain.
 _VARIATION = 1e-4
 
@@ -79,6 +82,8 @@ def probes(coupling: Coupling, keep: Mask, pruned: onnx.ModelProto) -> tuple[Pro
         for name in _candidates(coupling)
         if name in made and (cuts := _cuts(rewriter, name)) is not None
     ]
+    small = [probe for probe in found if math.prod(coupling.shapes.first.dims[probe.name]) <= LARGE]
+    found = small or found[-1:]
     if len(found) <= COUNT:
         return tuple(found)
     picked = np.linspace(0, len(found) - 1, COUNT).round().astype(int)

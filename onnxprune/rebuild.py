@@ -25,6 +25,7 @@ from onnxprune.verify import FAILURES, structure_problems
 if TYPE_CHECKING:
     from onnxprune.calibration.sequential import Repaired
     from onnxprune.data import Dataset
+    from onnxprune.metrics import Reference
     from onnxprune.passes.finetune import FinetuneResult
 
 _log = logging.getLogger(__name__)
@@ -44,12 +45,13 @@ def rebuild(
     calibration: Calibration | str | None,
     train: Dataset | None,
     held_out: Dataset | None,
+    reference: Reference,
     options: Options,
     progress: Progress,
 ) -> tuple[onnx.ModelProto, dict[str, float], list[Step]]:
     """Win accuracy back: the model, its metrics, and what each step bought."""
     original, model = analysis.model, verified.applied.model
-    metrics = measure(model, held_out, original, options.threads)
+    metrics = measure(model, held_out, reference, options.threads)
     steps: list[Step] = []
     if isinstance(calibration, str):
         steps.append({"step": "pruned", "notes": [calibration], **metrics})
@@ -65,12 +67,12 @@ def rebuild(
             repaired, facts = stage.repair(model, train, error, progress)
             if repaired is not model:
                 model = repaired
-                metrics = measure(model, held_out, original, options.threads)
+                metrics = measure(model, held_out, reference, options.threads)
             steps.append({**facts, **metrics})
     if options.finetune and train is not None:
         steps = steps or [{"step": "pruned", **metrics}]
         model, facts = _finetune(original, model, train, held_out, options, progress)
-        metrics = measure(model, held_out, original, options.threads)
+        metrics = measure(model, held_out, reference, options.threads)
         steps.append({**facts, **metrics})
     return model, metrics, steps
 
@@ -228,7 +230,7 @@ def calibrate(
 def measure(
     model: onnx.ModelProto,
     data: Dataset | None,
-    reference: onnx.ModelProto | None,
+    reference: Reference | None,
     threads: int | None,
 ) -> dict[str, float]:
     """Task metrics of `model`, and its likeness to `reference`; none without data."""

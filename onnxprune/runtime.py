@@ -37,6 +37,7 @@ def session(
     *,
     threads: int | None = None,
     optimize: bool = True,
+    arena: bool = True,
 ) -> InferenceSession:
     """A CPU session of a model or of the model at a path.
 
@@ -44,6 +45,7 @@ def session(
         model: Of any size; a proto above 1.9 GB goes through a temporary folder.
         threads: Threads within an operator; None lets ONNX Runtime use the physical cores.
         optimize: False turns graph optimizations off, for results that follow the graph as written.
+        arena: False gives each tensor's memory back at once: slower, and with less at the peak.
 
     Raises:
         InvalidModelError: ONNX Runtime cannot load the model.
@@ -52,6 +54,7 @@ def session(
 
     onnxruntime.set_default_logger_severity(_FATAL)
     options = _options(threads, optimize)
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = arena
 
     def create(source: str | bytes) -> InferenceSession:
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
@@ -183,7 +186,18 @@ def _array(value: Any) -> Any:
 
 
 #: (batch, scale) of the feeds that are tried on a model: some need longer signals or larger images.
-_TRIED: Final = ((2, 1), (1, 1), (2, 4), (1, 4), (1, 16), (1, 32), (1, 64), (1, 1024))
+_TRIED: Final[Sequence[tuple[int, int]]] = (
+    (2, 1),
+    (1, 1),
+    (2, 4),
+    (1, 4),
+    (1, 16),
+    (1, 32),
+    (1, 64),
+    (1, 1024),
+)
+#: Feeds of more elements than this (video, large images) are run with care for the memory.
+HEAVY: Final = 1 << 22
 
 
 def working_feeds(
@@ -200,9 +214,12 @@ def working_feeds(
     Raises:
         InvalidModelError, InvalidDataError: the model runs on none of the sizes that are tried.
     """
-    target = target or session(model, threads=threads)
+    heavy = are_heavy(random_feeds(model))
+    target = target or session(model, threads=threads, arena=not heavy)
     failure: InvalidDataError | InvalidModelError | None = None
     tried = _TRIED[::-1] if dies_on_empty(model) else _TRIED
+    if heavy:
+        tried = sorted(tried, key=lambda size: size != (1, 1))
     for second, (batch, scale) in product((False, True), tried):
         make = partial(random_feeds, model, scale=scale, batch_second=second)
         feeds = make(seed=seed, batch=batch)
@@ -216,6 +233,11 @@ def working_feeds(
         f"the model does not run on random inputs, so nothing can be checked: {failure}; "
         "give inputs with --data"
     ) from failure
+
+
+def are_heavy(feeds: Mapping[str, Any]) -> bool:
+    """Whether a run on these feeds may fill the memory."""
+    return sum(np.size(value) for value in feeds.values()) > HEAVY
 
 
 def dies_on_empty(model: onnx.ModelProto) -> bool:

@@ -21,7 +21,7 @@ from onnxprune.body_shapes import visit_bodies
 from onnxprune.counted_shapes import COUNTED
 from onnxprune.folding import FOLD_LIMIT, Array
 from onnxprune.graph import Constant, Graph
-from onnxprune.measured import Known, Numbers, Pair, measure
+from onnxprune.measured import LIMIT_BYTES, Known, Numbers, Pair, measure, peak_bytes
 from onnxprune.operator_shapes import Cache, Dims, kind_of
 from onnxprune.protos import reads
 from onnxprune.sequence_shapes import Elements
@@ -134,7 +134,10 @@ class _Walks:
 
     def measured(self, sizes: tuple[Numbers, Numbers]) -> Shapes | None:
         """Shapes with those read off two runs that cannot be inferred; None where it fails."""
-        missing = self.at(sizes[0], counting=False).missing
+        walk = self.at(sizes[0], counting=False)
+        missing = walk.missing
+        if peak_bytes(self.graph, walk.dims, walk.types) > LIMIT_BYTES:
+            return None
         known = measure(self.graph, missing, sizes)
         if known is None:
             return None

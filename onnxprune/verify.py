@@ -272,7 +272,9 @@ def _outputs(model: onnx.ModelProto, feeds: Sequence[Feeds], way: _Way) -> list[
     from onnxprune import runtime
 
     model = float32_copy(model) if way.as_float32 else model
-    session = runtime.session(_seeded(model), threads=way.threads, optimize=way.optimize)
+    arena = not any(map(runtime.are_heavy, feeds))
+    seeded = _seeded(model)
+    session = runtime.session(seeded, threads=way.threads, optimize=way.optimize, arena=arena)
     return [list(runtime.run(session, f).values()) for f in feeds]
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from onnxprune import verify
 from onnxprune.graph import Graph
+from onnxprune.measured import peak_bytes
 from onnxprune.pipeline import inspect
 from onnxprune.shapes import infer
 from tests.graphs import TOLERANCE, build, prune_half, shapes
@@ -158,3 +159,22 @@ def test_a_length_that_is_a_value_is_measured() -> None:
     result = prune_half(model)
     assert shapes(result.model)["w2"] == (8, 4)
     assert result.error <= TOLERANCE
+
+
+def test_a_model_that_would_take_too_much_memory_is_not_run_for_its_shapes() -> None:
+    model = build(
+        "(float[N,6] x) => (float[M,6] y)",
+        """m = ReduceMax<keepdims=0>(x)  k = Ceil(m)  e = Cast<to=7>(k)  end = Unsqueeze(e, nought)
+        wide = Expand(m, huge)  narrow = ReduceMax<keepdims=0>(wide)  z = Add(x, narrow)
+        y = Slice(z, nought, end, nought)""",
+        "nought=0 huge=1000,1000,600",
+    )
+    found = infer(Graph.of(model))
+    assert found.dims("wide") == (1000, 1000, 600)
+    assert found.dims("y") is None
+
+
+def test_the_peak_counts_what_lives_at_a_time() -> None:
+    model = build("(float[4,6] x) => (float[4,6] y)", "a = Relu(x)  b = Relu(a)  y = Add(b, b)")
+    found = infer(Graph.of(model))
+    assert peak_bytes(Graph.of(model), found.first.dims, found.types) == 2 * 4 * 6 * 4

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from sklearn import metrics as sk
 
+from onnxprune import metrics
 from onnxprune.data import open_data
 from onnxprune.errors import InvalidDataError
-from onnxprune.metrics import class_axis, cosines, evaluate, ranks
+from onnxprune.metrics import Reference, class_axis, cosines, evaluate, ranks
 
 
 def identity(*shape: Any, scale: float = 1.0) -> onnx.ModelProto:
@@ -182,3 +183,22 @@ def test_cosines_of_zeros() -> None:
 )
 def test_class_axis(shape: tuple[int, ...], dtype: str, axis: int | None) -> None:
     assert class_axis(np.zeros(shape, dtype)) == axis
+
+
+def test_a_reference_is_run_once_for_all_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    inner = metrics._run
+    monkeypatch.setattr(metrics, "_run", lambda *a: runs.append(1) or inner(*a))
+    proto, half = identity("N", 3), identity("N", 3, scale=0.5)
+    scores = np.random.default_rng(0).normal(size=(100, 3)).astype(np.float32)
+    data = open_data({"x": scores}, proto)
+    first = evaluate(half, data, reference=proto)
+    runs.clear()
+    reference = Reference(proto)
+    assert [evaluate(half, data, reference=reference) for _ in range(3)] == [first] * 3
+    assert len(runs) == 3 * 2 + 2
+    monkeypatch.setattr(metrics, "ROOM", 64 * 3 * 4)  # one of the two batches
+    runs.clear()
+    reference = Reference(proto)
+    assert [evaluate(half, data, reference=reference) for _ in range(3)] == [first] * 3
+    assert len(runs) == 3 * 2 + 1 + 3
