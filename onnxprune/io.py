@@ -337,15 +337,16 @@ def save(
     if external_data:
         _save_external(model, target)
         return
+    from onnxprune.wire import write
+
     try:
-        data = model.SerializeToString()
+        with replacing(target) as (temporary,), temporary.open("r+b") as stream:
+            write(model, stream)
+            flush(stream)
     except (EncodeError, ValueError) as error:
         raise OnnxPruneError(
             f"cannot write {target} as one file, protobuf ends at 2 GiB: save it with external data"
         ) from error
-    with replacing(target) as (temporary,), temporary.open("r+b") as stream:
-        stream.write(data)
-        flush(stream)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

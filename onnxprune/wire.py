@@ -1,11 +1,16 @@
-"""How long a model is in protobuf's wire format, without building it: weights are not copied."""
+"""Models in protobuf's wire format, measured and written piece by piece: weights are not copied.
+
+Fields lie in the order of their numbers, so a message is the concatenation of its parts.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
 
 import onnx
+from google.protobuf.unknown_fields import UnknownFieldSet
 from onnx import TensorProto
 
 from onnxprune import io
@@ -14,6 +19,19 @@ from onnxprune.protos import copy_fields
 
 #: Below this many elements a tensor is small enough to be measured by serializing it.
 _LARGE = 4096
+#: Numbers of the fields in which weights lie, and one behind all fields.
+_GRAPH, _NODE, _INITIALIZER, _RAW = (
+    message.DESCRIPTOR.fields_by_name[name].number
+    for message, name in (
+        (onnx.ModelProto, "graph"),
+        (onnx.GraphProto, "node"),
+        (onnx.GraphProto, "initializer"),
+        (TensorProto, "raw_data"),
+    )
+)
+_END = 1 << 29
+#: protobuf's limit for a message.
+_LIMIT = (1 << 31) - 1
 _OPTIONAL = ("doc_string", "data_location")
 _KNOWN = ("dims", "data_type", "name", "metadata_props", "raw_data", *_OPTIONAL)
 _OTHERS = tuple(f for f in TensorProto.DESCRIPTOR.fields if f.name not in _KNOWN)
@@ -29,20 +47,82 @@ def graph_bytes(graph: Graph) -> int:
     return _total(graph.model, [node.proto for node in graph.top], graph.initializers)
 
 
+def write(model: onnx.ModelProto, stream: BinaryIO) -> None:
+    """Write what `model.SerializeToString()` gives, one tensor or node at a time.
+
+    Raises:
+        ValueError, EncodeError: a message ends beyond protobuf's 2 GiB.
+    """
+    graph = model.graph
+    if not model.HasField("graph") or len(UnknownFieldSet(model)) + len(UnknownFieldSet(graph)):
+        stream.write(model.SerializeToString())
+        return
+    inner = _graph_length(graph, graph.node, graph.initializer)
+    if inner > _LIMIT:
+        raise ValueError(f"the graph takes {inner:,} bytes")
+    stream.write(_part(model, range(_GRAPH)))
+    stream.write(_tag(_GRAPH, inner))
+    for node in graph.node:
+        data = node.SerializeToString()
+        stream.write(_tag(_NODE, len(data)) + data)
+    stream.write(_part(graph, range(_NODE + 1, _INITIALIZER)))
+    for tensor in graph.initializer:
+        stream.write(_tag(_INITIALIZER, _tensor_bytes(tensor)))
+        stream.writelines(_tensor_parts(tensor))
+    stream.write(_part(graph, range(_INITIALIZER + 1, _END)))
+    stream.write(_part(model, range(_GRAPH + 1, _END)))
+
+
+def _tensor_parts(tensor: TensorProto) -> Iterator[bytes]:
+    """The bytes of a tensor; its values, where they are many, in a part of their own."""
+    if _is_short(tensor):
+        yield tensor.SerializeToString()
+        return
+    values = tensor.raw_data
+    yield _part(tensor, range(_RAW))
+    yield _tag(_RAW, len(values))
+    yield values
+    yield _part(tensor, range(_RAW + 1, _END))
+
+
+def _part(message: Any, numbers: range) -> bytes:
+    """The fields of these numbers."""
+    names = {field.name for field in message.DESCRIPTOR.fields if field.number not in numbers}
+    part = type(message)()
+    copy_fields(message, part, names)
+    data: bytes = part.SerializeToString()
+    return data
+
+
+def _tag(number: int, length: int) -> bytes:
+    """What stands before the content of a length-delimited field."""
+    digits = [number << 3 | 2]
+    while length > 127:
+        digits.append(length & 127 | 128)
+        length >>= 7
+    return bytes([*digits, length])
+
+
 def _total(
     model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto], tensors: Iterable[TensorProto]
 ) -> int:
-    head, rest = onnx.ModelProto(), onnx.GraphProto()
+    head = onnx.ModelProto()
     copy_fields(model, head, {"graph"})
-    copy_fields(model.graph, rest, {"node", "initializer"})
-    inner = int(rest.ByteSize())
-    inner += sum(_field(node.ByteSize()) for node in nodes)
-    inner += sum(_field(_tensor_bytes(tensor)) for tensor in tensors)
-    return int(head.ByteSize()) + _field(inner)
+    return int(head.ByteSize()) + _field(_graph_length(model.graph, nodes, tensors))
+
+
+def _graph_length(
+    graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto], tensors: Iterable[TensorProto]
+) -> int:
+    rest = onnx.GraphProto()
+    copy_fields(graph, rest, {"node", "initializer"})
+    length = int(rest.ByteSize())
+    length += sum(_field(node.ByteSize()) for node in nodes)
+    return length + sum(_field(_tensor_bytes(tensor)) for tensor in tensors)
 
 
 def _tensor_bytes(tensor: TensorProto) -> int:
-    if math.prod(tensor.dims) < _LARGE or not tensor.HasField("raw_data") or _is_unusual(tensor):
+    if _is_short(tensor):
         return int(tensor.ByteSize())
     light = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
     light.metadata_props.extend(tensor.metadata_props)
@@ -50,6 +130,12 @@ def _tensor_bytes(tensor: TensorProto) -> int:
         if tensor.HasField(name):
             setattr(light, name, getattr(tensor, name))
     return int(light.ByteSize()) + _field(io.tensor_bytes(tensor))
+
+
+def _is_short(tensor: TensorProto) -> bool:
+    """Whether the tensor is handled as a whole: small, or not of the usual kind."""
+    usual = tensor.HasField("raw_data") and not _is_unusual(tensor)
+    return math.prod(tensor.dims) < _LARGE or not usual or len(UnknownFieldSet(tensor)) > 0
 
 
 def _is_unusual(tensor: TensorProto) -> bool:
