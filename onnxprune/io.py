@@ -26,6 +26,7 @@ from onnxprune.files import flush, replacing
 OPSETS: Final = range(7, 29)
 MAX_INLINE_BYTES: int = 1_900_000_000
 _PROTOBUF_LIMIT: Final = 2**31
+_STREAMED_BYTES: int = 1 << 24
 _MIN_EXTERNAL_BYTES: Final = 1024  # shape inference needs the small constants in the file itself
 _PAGE: Final = 4096  # the alignment that lets ONNX Runtime memory-map a tensor
 
@@ -72,10 +73,25 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> onnx.ModelProto:
         _check_model(source, "the model")
         return source
     path = Path(source)
-    model = _parse(path, _read(path))
+    model = _streamed(path) or _parse(path, _read(path))
     _check_model(model, str(path))
     _load_external(model, path)
     return model
+
+
+def _streamed(path: Path) -> onnx.ModelProto | None:
+    """A large model, read without holding its bytes beside it; None leaves it to `_parse`."""
+    from onnxprune.wire import read
+
+    try:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if not _STREAMED_BYTES <= size < _PROTOBUF_LIMIT:
+                return None
+            model = read(stream, size)
+            return model if model.ListFields() else None
+    except (OSError, DecodeError, MemoryError):
+        return None
 
 
 def _read(path: Path) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 import onnx
+from google.protobuf.message import DecodeError
 from google.protobuf.unknown_fields import UnknownFieldSet
 from onnx import TensorProto
 
@@ -30,6 +31,10 @@ _GRAPH, _NODE, _INITIALIZER, _RAW = (
     )
 )
 _END = 1 << 29
+#: The wire type of strings and messages.
+_DELIMITED = 2
+#: Fields of more bytes are read on their own.
+CHUNK = 1 << 20
 #: protobuf's limit for a message.
 _LIMIT = (1 << 31) - 1
 _OPTIONAL = ("doc_string", "data_location")
@@ -71,6 +76,70 @@ def write(model: onnx.ModelProto, stream: BinaryIO) -> None:
         stream.writelines(_tensor_parts(tensor))
     stream.write(_part(graph, range(_INITIALIZER + 1, _END)))
     stream.write(_part(model, range(_GRAPH + 1, _END)))
+
+
+def read(stream: BinaryIO, length: int) -> onnx.ModelProto:
+    """What `ParseFromString` makes of the next `length` bytes; large fields are read one by one.
+
+    Raises:
+        DecodeError: the bytes are no message, or end too early.
+    """
+    model = onnx.ModelProto()
+    _merge(model, stream, length)
+    return model
+
+
+def _merge(message: Any, stream: BinaryIO, length: int) -> None:
+    """Merge the fields in the next `length` bytes into `message`."""
+    end = stream.tell() + length
+    small = bytearray()
+    fields = message.DESCRIPTOR.fields_by_number
+    while stream.tell() < end:
+        start = stream.tell()
+        number, kind = divmod(_varint(stream), 8)
+        size = _varint(stream) if kind == _DELIMITED else 0
+        header = stream.tell() - start
+        field = fields.get(number)
+        if size > CHUNK and field is not None and field.message_type is not None:
+            message.MergeFromString(bytes(small))
+            small.clear()
+            place = getattr(message, field.name)
+            _merge_large(place.add() if field.is_repeated else place, stream, size)
+            continue
+        if kind == 0:
+            _varint(stream)
+            size = stream.tell() - start - header
+        size = {0: size, 1: 8, _DELIMITED: size, 5: 4}.get(kind, length)
+        stream.seek(start)
+        small += _exactly(stream, header + size)
+    message.MergeFromString(bytes(small))
+
+
+def _merge_large(message: Any, stream: BinaryIO, size: int) -> None:
+    if isinstance(message, TensorProto):
+        message.MergeFromString(_exactly(stream, size))
+    else:
+        message.SetInParent()
+        _merge(message, stream, size)
+
+
+def _exactly(stream: BinaryIO, size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) < size:
+        raise DecodeError("the message is truncated")
+    return data
+
+
+def _varint(stream: BinaryIO) -> int:
+    value = shift = 0
+    while True:
+        byte = _exactly(stream, 1)[0]
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value
+        shift += 7
+        if shift > 63:
+            raise DecodeError("a number is too long")
 
 
 def _tensor_parts(tensor: TensorProto) -> Iterator[bytes]:

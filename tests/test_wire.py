@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 
+import onnxprune.io
 from models import zoo
 from onnxprune import wire
-from onnxprune.wire import model_bytes, write
+from onnxprune.errors import InvalidModelError
+from onnxprune.wire import model_bytes, read, write
 
 NAMES = ("misc-glu-dyn", "misc-bilstm-dyn", "hf-albert-dyn", "tv-squeezenet1_0-ts")
 
@@ -108,3 +112,51 @@ def test_a_graph_beyond_the_limit_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(wire, "_LIMIT", 1000)
     with pytest.raises(ValueError, match="the graph takes 28,3"):
         _written(_model(_large()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("chunk", [0, 100, 1 << 20])
+def test_exports_are_read_as_protobuf_does(
+    name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "CHUNK", chunk)
+    data = zoo.load(name).SerializeToString()
+    assert read(io.BytesIO(data), len(data)).SerializeToString() == data
+
+
+def test_fields_of_every_kind_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "CHUNK", 8)
+    model = _model(_large(), _typed())
+    model.metadata_props.add(key="by", value="a hand that wrote more than eight bytes")
+    model.model_version = -1
+    model.graph.node[0].attribute.append(helper.make_attribute("a", [0.5] * 9))
+    later = b"\xd9\x3f12345678\xdd\x3f1234\xda\x3f\x0babcdefghijk\xd8\x3f\x80\x01"
+    for part in (model, model.graph, model.graph.node[0], model.graph.initializer[0]):
+        part.MergeFromString(later)
+    data = model.SerializeToString()
+    found = read(io.BytesIO(data), len(data))
+    assert found == model
+    assert found.SerializeToString() == data
+
+
+def test_what_is_no_message_is_not_read() -> None:
+    data = _model(_large()).SerializeToString()
+    broken = (data[:-200], b"\x0b\x0b", b"\xff" * 12, b"\x08", data + b"\x3a")
+    for wrong in broken:
+        with pytest.raises(DecodeError):
+            read(io.BytesIO(wrong), len(wrong))
+
+
+def test_large_files_are_read_field_by_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, model = tmp_path / "model.onnx", zoo.load(NAMES[0])
+    onnxprune.io.save(model, path)
+    monkeypatch.setattr(onnxprune.io, "_STREAMED_BYTES", 0)
+    parse = onnxprune.io._parse
+    monkeypatch.setattr(onnxprune.io, "_parse", lambda *_: pytest.fail("read as a whole"))
+    assert onnxprune.io.load(path) == model
+    monkeypatch.setattr(onnxprune.io, "_parse", parse)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InvalidModelError, match=r"is truncated \([\d,]+ bytes are missing\)"):
+        onnxprune.io.load(path)
