@@ -52,7 +52,9 @@ class _Cut:
         if self.constant.dtype in RAW_TYPES:
             target.name = self.name
             target.dims.extend(array.shape)
-            target.raw_data = array.tobytes()
+            data = array.tobytes()
+            del array  # the proto takes a copy: two at a time are enough
+            target.raw_data = data
         else:
             target.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), self.name))
         target.data_type = self.constant.dtype
