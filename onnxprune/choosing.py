@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 
 from onnxprune.analysis import Analysis
 from onnxprune.calibration.inputs import Calibration
 from onnxprune.errors import VerificationError
-from onnxprune.groups import Group, matching_units
+from onnxprune.groups import Group, Units, matching_units
 from onnxprune.options import Options, Verified
 from onnxprune.passes.apply import Applied, apply_keep
 from onnxprune.passes.select import Budget, select
 from onnxprune.result import CheckReport
 from onnxprune.rewriting import Mask
-from onnxprune.scoring import rank_units
+from onnxprune.scoring import Ranked, rank_units
 from onnxprune.verify import (
     FLOAT32_NOTE,
     Feeds,
@@ -95,6 +96,13 @@ class Chooser:
             self.fixed = np.union1d(self.fixed, units_of(blamed)).astype(np.int32)
             self.gone = np.setdiff1d(self.gone, self.fixed)
         raise VerificationError(f"the pruned model was still wrong after {MAX_REPAIRS} repairs")
+
+    def ranked_by(self, ranked: Ranked, fixed: Units) -> Chooser:
+        """A chooser by another ranking, for which these units stay too."""
+        other = copy(self)
+        other.ranked, other.faulty = ranked, list(self.faulty)
+        other.fixed = np.union1d(self.fixed, fixed).astype(np.int32)
+        return other
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -183,6 +183,14 @@ Tune = Annotated[
         metavar="NAME=VALUE",
     ),
 ]
+Steps = Annotated[
+    int,
+    typer.Option(
+        help="Remove in N parts, repair after each, and rank what is left anew.",
+        rich_help_panel=DATA,
+        metavar="N",
+    ),
+]
 MaxDrop = Annotated[
     float | None,
     typer.Option(
@@ -264,6 +272,7 @@ def prune(
     repair: RepairOption = "auto",
     finetune: Finetune = 0,
     tune: Tune = None,
+    steps: Steps = 1,
     max_drop: MaxDrop = None,
     lossless: LosslessOption = None,
     plan: PlanOut = None,
@@ -303,6 +312,7 @@ def prune(
             val=val,
             repair=repair,  # type: ignore[arg-type]
             finetune=commands.tuning(finetune, tune, seed=seed, threads=threads),
+            steps=steps,
             max_drop=max_drop,
             lossless=lossless,
             check=not no_check,

@@ -104,7 +104,7 @@ class Loop:
         whole: Analysis,
         options: Options,
         metrics: Mapping[str, float],
-        rebuild: Callable[[Verified], Rebuilt],
+        rebuild: Callable[[Budget, Verified], tuple[Verified, Rebuilt]],
         stage: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self.chooser, self.whole, self.options = chooser, whole, options
@@ -139,7 +139,7 @@ class Loop:
         if self._known and verified.keep.all() and analysis is self.whole:
             return None
         with self.stage("rebuild"):
-            model, metrics, steps = self.rebuild(verified)
+            verified, (model, metrics, steps) = self.rebuild(target, verified)
         trial = self._trial(budget, verified, model, metrics)
         found = Attempt(replace(budget, value=trial.budget), verified, model, metrics, steps)
         if trial.passed:

@@ -30,6 +30,7 @@ class Options:
     threads: int | None
     as_float32: bool = False
     repair: str = "auto"
+    steps: int = 1
 
 
 @dataclass(frozen=True)

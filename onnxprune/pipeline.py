@@ -29,6 +29,7 @@ from onnxprune.errors import (
     OnnxPruneError,
 )
 from onnxprune.float32 import float32_copy, float32_feeds, needs_float32
+from onnxprune.gradual import between_steps, rebuilding
 from onnxprune.granularity import Granularity
 from onnxprune.granularity import parse as parse_granularity
 from onnxprune.groups import Group
@@ -97,6 +98,7 @@ def prune(
     val: Any = None,
     repair: Repairing = "auto",
     finetune: int | Finetune = 0,
+    steps: int = 1,
     max_drop: float | None = None,
     lossless: bool | None = None,
     check: bool = True,
@@ -129,6 +131,8 @@ def prune(
         repair: how accuracy is won back without labels and gradients; without `data`, with made-up
             inputs. "auto" takes what brings the outputs nearest to the original's.
         finetune: epochs of fine-tuning, with the original model as teacher; or how it is done.
+        steps: in how many parts the channels go; the model is repaired after each, and ranked anew.
+            Fine-tuning follows the last, or each: `Finetune(every_step=True)`.
         max_drop: the largest loss of the task's metric, in points (1 is 0.01). Where the budget
             costs more, channels are given back, see `onnxprune.loop`; without a budget as many go
             as this allows. If nothing keeps it, the last of `report.checks` fails.
@@ -161,6 +165,7 @@ def prune(
         seed,
         threads,
         repair=repair,
+        steps=_steps(steps, granularity),
     )
     listener, clock = progress or Silent(), _Clock()
     with clock.stage("load", listener):
@@ -180,9 +185,11 @@ def prune(
         old = measure(original, held_out, None, threads)
         reference = Reference(original, threads=threads)
 
-    def rebuilt(verified: Verified) -> Rebuilt:
+    def rebuilt(verified: Verified, last: bool = True) -> Rebuilt:
+        measured_on = held_out if last else None
+        asked = options if last else between_steps(options)
         return rebuild(
-            analysis, verified, calibration, train, held_out, reference, options, listener
+            analysis, verified, calibration, train, measured_on, reference, asked, listener
         )
 
     trials: tuple[Trial, ...] = ()
@@ -192,7 +199,8 @@ def prune(
     else:
         with clock.stage("prune", listener):
             chooser = Chooser(analysis, options, feeds, seen)
-        loop = Loop(chooser, whole, options, old, rebuilt, lambda s: clock.stage(s, listener))
+        reach = rebuilding(chooser, seen, rebuilt)
+        loop = Loop(chooser, whole, options, old, reach, lambda s: clock.stage(s, listener))
         final, trials = loop.run()
         verified = replace(final.verified, notes=(*first.notes, *final.verified.notes))
         final = replace(final, verified=verified)
@@ -359,6 +367,14 @@ def _tuning(finetune: int | Finetune, data: Any, seed: int, threads: int | None)
     if isinstance(finetune, int):
         return Finetune(epochs=finetune, seed=seed, threads=threads)
     return finetune if finetune.threads else replace(finetune, threads=threads)
+
+
+def _steps(steps: int, granularity: str) -> int:
+    if steps < 1:
+        raise InvalidRecipeError(f"--steps {steps} is out of range: it must be at least 1")
+    if steps > 1 and "vocab" in granularity:
+        raise InvalidRecipeError("--steps does not go with --granularity vocab: drop one of them")
+    return steps
 
 
 def _ranking(name: str | None) -> Ranking | None:

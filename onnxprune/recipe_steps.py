@@ -97,6 +97,7 @@ class PruneStep:
     keep: tuple[str, ...] = ()
     repair: str = "auto"
     finetune: int | FinetuneOptions = 0
+    steps: int = 1
 
     def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
         from onnxprune import pipeline

@@ -66,6 +66,7 @@ def make_report(
             "keep": list(options.keep),
             "repair": options.repair,
             "finetune": options.finetune.epochs if options.finetune else 0,
+            "steps": options.steps,
             "max_drop": options.max_drop,
             "seed": options.seed,
         },

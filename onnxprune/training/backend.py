@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -206,6 +205,10 @@ def _shown(tried: list[tuple[float, float, float]]) -> str:
 
 
 def _agree(tried: list[tuple[float, float, float]]) -> bool:
-    """Whether differences of neighbouring steps tell the same, so that the slope is at fault."""
-    values = [difference for _, _, difference in tried]
-    return any(abs(a - b) <= TOLERANCE * max(abs(a), abs(b)) for a, b in pairwise(values))
+    """Whether differences of three neighbouring steps tell the same: the slope is at fault.
+
+    Two do not suffice: kinks let the differences drift towards the slope as the step shrinks.
+    """
+    values = [difference for _, _, difference in sorted(tried)]
+    windows = (values[i : i + 3] for i in range(len(values) - 2))
+    return any(max(w) - min(w) <= TOLERANCE * max(map(abs, w)) for w in windows)

@@ -62,6 +62,7 @@ class FinetuneOptions:
         backend: "worker": onnxruntime-training in a process of its own; "builtin": gradients as
             plain ONNX operators, here; "auto": the first where it can be had.
         bn_momentum: share of the old running statistics that a batch keeps.
+        every_step: where channels go in several steps: train after each, not only after the last.
     """
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = {"arbitrary_types_allowed": True}
@@ -70,11 +71,11 @@ class FinetuneOptions:
     optimizer: OptimizerName = "adamw"
     lr: float | None = None
     momentum: float = 0.9
-    weight_decay: float = 1e-4
+    weight_decay: float = 0.01
     warmup: float = 0.05
     schedule: Schedule = "cosine"
-    temperature: float = 2.0
-    alpha: float = 0.5
+    temperature: float = 4.0
+    alpha: float = 0.9
     distillation: Distillation = "auto"
     loss: onnx.ModelProto | Path | None = None
     clip: float = 5.0
@@ -91,6 +92,7 @@ class FinetuneOptions:
     backend: Backend = "auto"
     ema: float = 0.0
     groups: tuple[ParameterGroup, ...] = ()
+    every_step: bool = False
 
     def __post_init__(self) -> None:
         """Refuse options that make no sense."""
