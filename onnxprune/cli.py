@@ -49,8 +49,6 @@ class Scope(StrEnum):
 
 ModelIn = Annotated[Path, typer.Argument(metavar="IN.onnx", help="The model to read.")]
 ModelOut = Annotated[Path, typer.Argument(metavar="OUT.onnx", help="Where to write the result.")]
-Reference = Annotated[Path, typer.Argument(metavar="A.onnx", help="The reference model.")]
-Candidate = Annotated[Path, typer.Argument(metavar="B.onnx", help="The model to compare.")]
 PlanIn = Annotated[Path, typer.Argument(metavar="PLAN.json", help="A plan that prune wrote.")]
 
 BUDGET, CHOICE, DATA, OUTPUT = "Budget (exactly one)", "What to remove", "Data", "Output"
@@ -216,10 +214,6 @@ Quiet = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with.", min=1)]
-Tolerance = Annotated[
-    float | None,
-    typer.Option(help="Largest error, relative to the largest output; without it, only reported."),
-]
 Why = Annotated[
     bool, typer.Option("--why", help="List every frozen axis, what froze it, and what that costs.")
 ]
@@ -375,29 +369,6 @@ def apply(
         print(f"note: {_UNREPAIRED}")
     print(f"wrote {outputs.names}")
     return FINE
-
-
-@app.command("check")
-def check(
-    reference: Reference,
-    candidate: Candidate,
-    data: Data = None,
-    tolerance: Tolerance = None,
-    seed: Seed = 0,
-    threads: Threads = None,
-    debug: Debug = False,
-) -> int:
-    """Check that B is a sound model which answers as A does."""
-    from onnxprune import pipeline
-    from onnxprune.report.console import show_check, stdout_console
-
-    if tolerance is not None and not tolerance >= 0:
-        raise InvalidRecipeError(f"--tolerance {tolerance:g}: must not be negative")
-    outcome = pipeline.check(
-        reference, candidate, data=data, tolerance=tolerance, seed=seed, threads=threads
-    )
-    show_check(stdout_console(), outcome)
-    return FINE if outcome.passed else FAILED
 
 
 commands.register(app)

@@ -66,6 +66,12 @@ MaxDrop = Annotated[
     float | None,
     typer.Option(help="Write nothing if the metric falls by more than this many points."),
 ]
+Reference = Annotated[Path, typer.Argument(metavar="A.onnx", help="The reference model.")]
+Candidate = Annotated[Path, typer.Argument(metavar="B.onnx", help="The model to compare.")]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(help="Largest error, relative to the largest output; without it, only reported."),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads to compute with.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
@@ -258,6 +264,28 @@ def finetune(
     return _written(result.model, outputs, metrics, None)
 
 
+def check(
+    reference: Reference,
+    candidate: Candidate,
+    data: Annotated[str | None, typer.Option(metavar="SRC", help="Data to measure with.")] = None,
+    tolerance: Tolerance = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    threads: Threads = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> int:
+    """Check that B is a sound model which answers as A does."""
+    from onnxprune import pipeline
+    from onnxprune.report.console import show_check, stdout_console
+
+    if tolerance is not None and not tolerance >= 0:
+        raise InvalidRecipeError(f"--tolerance {tolerance:g}: must not be negative")
+    outcome = pipeline.check(
+        reference, candidate, data=data, tolerance=tolerance, seed=seed, threads=threads
+    )
+    show_check(stdout_console(), outcome)
+    return 0 if outcome.passed else 1
+
+
 def setup_training(
     quiet: Quiet = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
@@ -395,6 +423,7 @@ def recipe_plan(path: Path) -> Any:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
+    app.command("check")(check)
     app.command("setup-training")(setup_training)
     app.command("prune-weights")(prune_weights)
     app.command("prune-layers")(prune_layers)
