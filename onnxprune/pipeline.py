@@ -6,8 +6,8 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import onnx
@@ -18,6 +18,15 @@ from onnxprune.analysis import (
     analyse,
     inspection,
     planned_frozen,
+)
+from onnxprune.asking import (
+    budget_of,
+    check_promise,
+    check_ranges,
+    check_repair,
+    check_steps,
+    ranking_of,
+    tuning,
 )
 from onnxprune.calibration.inputs import Calibration, from_data, limited
 from onnxprune.choosing import Chooser
@@ -39,7 +48,7 @@ from onnxprune.options import Options, Verified
 from onnxprune.plan import Plan, PlannedGroup, fingerprint
 from onnxprune.preparation import replay_lossless, without_dead
 from onnxprune.progress import Progress, Silent
-from onnxprune.rebuild import REPAIRS, calibrate, measure, rebuild
+from onnxprune.rebuild import calibrate, measure, rebuild
 from onnxprune.reporting import make_report
 from onnxprune.result import CheckReport, Inspection, Result
 from onnxprune.rewriting import Mask
@@ -54,28 +63,12 @@ from onnxprune.verify import (
 if TYPE_CHECKING:
     from onnxprune.data import Dataset
     from onnxprune.passes.finetune import Finetune
-    from onnxprune.passes.select import Ranking
 
 Source = str | os.PathLike[str] | onnx.ModelProto
 Scope = Literal["exact", "all"]
 #: Samples on which the sensitivity of groups is measured.
 SENSED = 256
 Repairing = Literal["auto", "none", "reconstruct", "moments", "bn", "bias"]
-MAX_REPAIRS = 8
-
-
-@dataclass
-class _Clock:
-    """Seconds by stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str, progress: Progress) -> Iterator[None]:
-        progress.stage(name)
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def prune(
@@ -148,67 +141,31 @@ def prune(
     """
     from onnxprune.passes.select import Limits
 
-    _check_promise(max_drop, data if val is None else val)
+    check_promise(max_drop, data if val is None else val)
+    check_ranges(min_keep, round_to, scope)
+    check_repair(repair, data)
     given = {"channels": channels, "macs": macs, "params": params, "size-mb": size_mb}
-    budget = _budget(lossless, max_drop, given)
-    _check_ranges(min_keep, round_to, scope)
-    _check_repair(repair, data)
     options = Options(
-        budget,
-        Limits(round_to, min_keep, scope, _ranking(ranking)),
-        criterion or "l2",
+        budget_of(lossless, max_drop, given),
+        Limits(round_to, min_keep, scope, ranking_of(ranking)),
+        criterion or "",
         tuple(keep),
         parse_granularity(granularity, vocab_keep, vocab_unknown),
-        _tuning(finetune, data, seed, threads),
+        tuning(finetune, data, seed, threads),
         max_drop,
         check,
         seed,
         threads,
         repair=repair,
-        steps=_steps(steps, granularity),
+        steps=check_steps(steps, granularity),
     )
-    listener, clock = progress or Silent(), _Clock()
-    with clock.stage("load", listener):
-        original = io.load(model)
-        train, held_out = _open(data, original), _open(val if val is not None else data, original)
-    with clock.stage("analyse", listener):
-        whole = analyse(original, granularity=options.granularity)
-        _check_prunable(whole)
-        if not budget.value and not whole.cost.macs(whole.everything):
-            budget = replace(budget, kind="params")
-        options = replace(options, budget=budget, as_float32=needs_float32(original, threads))
-        feeds = _feeds(original, train, seed, threads, options.as_float32)
-        analysis, first = without_dead(whole, lossless, feeds, options)
-        calibration = calibrate(original, train, options)
-        seen = calibration if isinstance(calibration, Calibration) else None
-        options = replace(options, criterion=criterion or default_criterion(seen))
-        old = measure(original, held_out, None, threads)
-        reference = Reference(original, threads=threads)
-
-    def rebuilt(verified: Verified, last: bool = True) -> Rebuilt:
-        measured_on = held_out if last else None
-        asked = options if last else between_steps(options)
-        return rebuild(
-            analysis, verified, calibration, train, measured_on, reference, asked, listener
-        )
-
-    trials: tuple[Trial, ...] = ()
-    if budget.kind == "lossless":
-        train = None
-        final = Attempt(budget, first, *rebuilt(first))
-    else:
-        with clock.stage("prune", listener):
-            chooser = Chooser(analysis, options, feeds, seen)
-        reach = rebuilding(chooser, seen, rebuilt)
-        loop = Loop(chooser, whole, options, old, reach, lambda s: clock.stage(s, listener))
-        final, trials = loop.run()
-        verified = replace(final.verified, notes=(*first.notes, *final.verified.notes))
-        final = replace(final, verified=verified)
-    plan = _plan(analysis, final.verified, replace(options, budget=final.budget))
-    plan = replace(plan, model=fingerprint(original), lossless=analysis is not whole)
-    with clock.stage("check", listener):
-        report = make_report(analysis, final, options, feeds, whole, old, trials)
-    return Result(final.model, plan, replace(report, seconds=dict(clock.seconds)))
+    run = _Run(options, progress or Silent())
+    with run.stage("load"):
+        run.load(model, data, val)
+    with run.stage("analyse"):
+        run.analyse(lossless)
+    final, trials = run.prune()
+    return run.result(final, trials)
 
 
 def inspect(model: Source, *, data: Any = None, threads: int | None = None) -> Inspection:
@@ -311,87 +268,93 @@ def check(
 # -- stages ----------------------------------------------------------------------------------------
 
 
-def _budget(
-    lossless: bool | None, max_drop: float | None, asked: Mapping[str, float | None]
-) -> Any:
-    from onnxprune.passes.select import Budget, BudgetKind
+class _Run:
+    """One run of `prune`: what its stages hand on."""
 
-    given = {k: v for k, v in asked.items() if v is not None}
-    if lossless and not given:
-        return Budget("lossless", 1.0)
-    if max_drop is not None and not given:
-        return Budget("macs", 0.0)
-    if len(given) != 1:
-        names = ", ".join(asked)
-        raise InvalidRecipeError(f"give exactly one budget of {names}; got {len(given)}")
-    kind, value = next(iter(given.items()))
-    if kind == "size-mb":
-        if not value > 0:
-            raise InvalidRecipeError(f"--size-mb {value:g} is not a size: it must be above 0")
-    elif not 0 < value <= 1:
-        raise InvalidRecipeError(f"--{kind} {value:g} is out of range: a share must be in (0, 1]")
-    return Budget(cast(BudgetKind, kind), float(value))
+    original: onnx.ModelProto
+    train: Dataset | None
+    held_out: Dataset | None
+    whole: Analysis
+    analysis: Analysis
+    first: Verified
+    feeds: list[Feeds]
+    calibration: Calibration | str | None
+    old: Mapping[str, float]
+    reference: Reference
 
+    def __init__(self, options: Options, progress: Progress) -> None:
+        self.options, self.progress = options, progress
+        self.seconds: dict[str, float] = {}
 
-def _check_promise(max_drop: float | None, data: Any) -> None:
-    if max_drop is None:
-        return
-    if not 0 <= max_drop <= 100:
-        raise InvalidRecipeError(f"--max-drop {max_drop:g}: must be in [0, 100] points")
-    if data is None:
-        raise InvalidRecipeError("--max-drop needs data to measure with: add --val SRC")
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Tell of a stage and count its seconds."""
+        self.progress.stage(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
+    def load(self, model: Source, data: Any, val: Any) -> None:
+        """The model, and what it is trained and measured on."""
+        self.original = io.load(model)
+        self.train = _open(data, self.original)
+        self.held_out = _open(val if val is not None else data, self.original)
 
-def _check_ranges(min_keep: float, round_to: int, scope: str) -> None:
-    if not 0 <= min_keep <= 1:
-        raise InvalidRecipeError(
-            f"--min-keep {min_keep:g} is out of range: a share must be in [0, 1]"
+    def analyse(self, lossless: bool | None) -> None:
+        """What can go, on which inputs that is checked, and how good the model is."""
+        options, original, threads = self.options, self.original, self.options.threads
+        self.whole = analyse(original, granularity=options.granularity)
+        _check_prunable(self.whole)
+        budget = options.budget
+        if not budget.value and not self.whole.cost.macs(self.whole.everything):
+            budget = replace(budget, kind="params")
+        options = replace(options, budget=budget, as_float32=needs_float32(original, threads))
+        self.feeds = _feeds(original, self.train, options.seed, threads, options.as_float32)
+        self.analysis, self.first = without_dead(self.whole, lossless, self.feeds, options)
+        self.calibration = calibrate(original, self.train, options)
+        criterion = options.criterion or default_criterion(self._seen)
+        self.options = replace(options, criterion=criterion)
+        self.old = measure(original, self.held_out, None, threads)
+        self.reference = Reference(original, threads=threads)
+
+    @property
+    def _seen(self) -> Calibration | None:
+        return self.calibration if isinstance(self.calibration, Calibration) else None
+
+    def prune(self) -> tuple[Attempt, tuple[Trial, ...]]:
+        """The model that is kept, and what was tried for it."""
+        if self.options.budget.kind == "lossless":
+            self.train = None
+            return Attempt(self.options.budget, self.first, *self._rebuilt(self.first)), ()
+        with self.stage("prune"):
+            chooser = Chooser(self.analysis, self.options, self.feeds, self._seen)
+        reach = rebuilding(chooser, self._seen, self._rebuilt)
+        loop = Loop(chooser, self.whole, self.options, self.old, reach, self.stage)
+        final, trials = loop.run()
+        notes = (*self.first.notes, *final.verified.notes)
+        return replace(final, verified=replace(final.verified, notes=notes)), trials
+
+    def _rebuilt(self, verified: Verified, last: bool = True) -> Rebuilt:
+        """The model won back; between steps without measuring it."""
+        return rebuild(
+            self.analysis,
+            verified,
+            self.calibration,
+            self.train,
+            self.held_out if last else None,
+            self.reference,
+            self.options if last else between_steps(self.options),
+            self.progress,
         )
-    if round_to < 1:
-        raise InvalidRecipeError(f"--round-to {round_to} is out of range: it must be at least 1")
-    if scope not in ("exact", "all"):
-        raise InvalidRecipeError(f"--scope {scope!r} is unknown: choose exact or all")
 
-
-def _tuning(finetune: int | Finetune, data: Any, seed: int, threads: int | None) -> Finetune | None:
-    """How the pruned model is fine-tuned; None: not at all."""
-    if isinstance(finetune, int):
-        if finetune < 0:
-            raise InvalidRecipeError(f"--finetune {finetune} is out of range: it counts epochs")
-        if finetune == 0:
-            return None
-    if data is None:
-        raise InvalidRecipeError("--finetune needs --data to train on")
-    from onnxprune.passes.finetune import Finetune
-
-    if isinstance(finetune, int):
-        return Finetune(epochs=finetune, seed=seed, threads=threads)
-    return finetune if finetune.threads else replace(finetune, threads=threads)
-
-
-def _steps(steps: int, granularity: str) -> int:
-    if steps < 1:
-        raise InvalidRecipeError(f"--steps {steps} is out of range: it must be at least 1")
-    if steps > 1 and "vocab" in granularity:
-        raise InvalidRecipeError("--steps does not go with --granularity vocab: drop one of them")
-    return steps
-
-
-def _ranking(name: str | None) -> Ranking | None:
-    from onnxprune.passes.select import RANKINGS
-
-    known = {str(ranking): ranking for ranking in RANKINGS}
-    if name is not None and name not in known:
-        raise InvalidRecipeError(f"--ranking {name!r} is unknown: choose {', '.join(known)}")
-    return None if name is None else known[name]
-
-
-def _check_repair(repair: str, data: Any) -> None:
-    if repair not in ("auto", "none", *REPAIRS):
-        known = ", ".join(("auto", "none", *REPAIRS))
-        raise InvalidRecipeError(f"--repair {repair!r} is unknown: choose {known}")
-    if repair == "bn" and data is None:
-        raise InvalidRecipeError("--repair bn measures statistics: add --data")
+    def result(self, final: Attempt, trials: tuple[Trial, ...]) -> Result:
+        """The model with its plan and report."""
+        analysis, options, whole = self.analysis, self.options, self.whole
+        plan = _plan(analysis, final.verified, replace(options, budget=final.budget))
+        plan = replace(plan, model=fingerprint(self.original), lossless=analysis is not whole)
+        with self.stage("check"):
+            report = make_report(analysis, final, options, self.feeds, whole, self.old, trials)
+        return Result(final.model, plan, replace(report, seconds=dict(self.seconds)))
 
 
 def _check_prunable(analysis: Analysis) -> None:
