@@ -135,7 +135,9 @@ def compare(name: str, form: str, options: argparse.Namespace) -> list[dict[str,
     original = NETWORKS[name](0)
     student = original
     if form == "half":
-        student = onnxprune.prune(original, macs=0.5, repair="none", threads=1).model
+        student = onnxprune.prune(
+            original, macs=0.5, ranking="uniform", repair="none", lossless=False, threads=1
+        ).model
     rows = []
     for teacher in (False, True):
         with tempfile.TemporaryDirectory() as folder:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,15 +25,21 @@ START_S = 120.0
 CALL_S = 3600.0
 TAIL_LINES = 12
 
-# The package's own __init__ files are bypassed: the worker's Python may be older and lack their
-# imports.
+PIPE_BYTES = 1 << 20
+
+# The packages' own __init__ files are bypassed. Onnxprune's: the worker's Python may be older and
+# lack their imports; onnxruntime's imports, of which training needs few, would take 13 MB.
 _BOOTSTRAP = """
-import sys, types
+import importlib.util, sys, types
 path, root = sys.argv[1:3]
 sys.path[0:1] = [path] if path else []
 for name, folder in (("onnxprune", root), ("onnxprune.training", root + "/training")):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = [folder]
+found = importlib.util.find_spec("onnxruntime")
+if found is not None:
+    sys.modules["onnxruntime"] = types.ModuleType("onnxruntime")
+    sys.modules["onnxruntime"].__path__ = list(found.submodule_search_locations)
 from onnxprune.training import worker
 worker.main()
 """
@@ -66,6 +74,8 @@ class Worker:
             raise TrainingError(
                 f"cannot start the training worker with {runtime.python}: {error}"
             ) from error
+        self._watch = Watch(self._expire)
+        _widen(self._process.stdin)
         try:
             self.about = self.call("hello", timeout_s=start_s)[0]
             self._check_build(runtime)
@@ -129,13 +139,11 @@ class Worker:
     @contextlib.contextmanager
     def _watched(self, timeout_s: float | None) -> Iterator[None]:
         """Kill the worker when the block takes too long, which ends the block's read or write."""
-        timer = threading.Timer(self._timeout_s if timeout_s is None else timeout_s, self._expire)
-        timer.daemon = True
-        timer.start()
+        self._watch.start(self._timeout_s if timeout_s is None else timeout_s)
         try:
             yield
         finally:
-            timer.cancel()
+            self._watch.stop()
 
     def _expire(self) -> None:
         self._expired = True
@@ -165,6 +173,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process and wait for it."""
+        self._watch.close()
         with contextlib.suppress(OSError):
             assert self._process.stdin is not None
             self._process.stdin.close()
@@ -189,6 +198,58 @@ class Worker:
         if kind is not None:
             self._process.kill()
         self.close()
+
+
+class Watch:
+    """Calls `expire` once the time since `start` is over, unless `stop` came first.
+
+    One thread that sleeps to the earliest end it knows: starting and stopping, which happens twice
+    a step, need not wake it.
+    """
+
+    def __init__(self, expire: Callable[[], None]) -> None:
+        self._expire = expire
+        self._condition = threading.Condition()
+        self._end: float | None = None
+        self._wakes = math.inf
+        self._closed = False
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def start(self, seconds: float) -> None:
+        """Let the time run."""
+        with self._condition:
+            self._end = time.monotonic() + seconds
+            if self._end < self._wakes:
+                self._condition.notify()
+
+    def stop(self) -> None:
+        """It is done."""
+        with self._condition:
+            self._end = None
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+
+    def _run(self) -> None:
+        with self._condition:
+            while not self._closed:
+                now = time.monotonic()
+                if self._end is not None and self._end <= now:
+                    self._end = None
+                    self._expire()
+                self._wakes = math.inf if self._end is None else self._end
+                self._condition.wait(None if self._end is None else self._end - now)
+
+
+def _widen(pipe: Any) -> None:
+    """Let a batch pass at once, where the system can do that."""
+    with contextlib.suppress(ImportError, AttributeError, OSError):
+        import fcntl
+
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
 
 def _package_root() -> str:

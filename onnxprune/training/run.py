@@ -53,6 +53,7 @@ Array = NDArray[Any]
 #: Share of zeros from which they are taken for pruned weights.
 SPARSE = 0.2
 CHECK_SAMPLES = 8
+PLAN_SAMPLES = 32
 _log = logging.getLogger(__name__)
 
 
@@ -169,8 +170,9 @@ class Run:
             return []
         return chosen(self.options.features, self.student, self.teacher_model)
 
-    def _plan(self, first: Batch) -> Objective:
+    def _plan(self, whole: Batch) -> Objective:
         """Choose the loss from the first batch."""
+        first = _head(whole, PLAN_SAMPLES, self.student)
         session = runtime.session(self.exposed, threads=self.threads)
         outputs = runtime.run(session, first.feeds)
         plan = plan_objective(
@@ -222,7 +224,7 @@ class Run:
 
     def _check(self, first: Batch) -> None:
         """The start-up self-check on a few samples."""
-        batch = _head(first, CHECK_SAMPLES) if self.parts == 1 else first
+        batch = _head(first, CHECK_SAMPLES, self.student)
         feeds = self._feeds(batch, 1)
         session = runtime.session(self.exposed, threads=self.threads)
         outputs = runtime.run(session, batch.feeds)
@@ -446,9 +448,13 @@ def _rows(batch: Batch) -> int:
     return max((int(a.shape[0]) for a in batch.feeds.values() if a.ndim), default=1)
 
 
-def _head(batch: Batch, count: int) -> Batch:
-    """The first samples of a batch."""
+def _head(batch: Batch, count: int, model: onnx.ModelProto) -> Batch:
+    """The first samples of a batch; all where the model takes no other number."""
     rows = _rows(batch)
+    for info in model.graph.input:
+        dims = info.type.tensor_type.shape.dim
+        if info.name in batch.feeds and dims and dims[0].dim_value == rows:
+            return batch
     feeds = {n: a[:count] if a.ndim and a.shape[0] == rows else a for n, a in batch.feeds.items()}
     return Batch(feeds, None if batch.labels is None else batch.labels[:count])
 

@@ -199,22 +199,26 @@ def _optimizer(options: dict[str, Any], size: int) -> Any:
 
 
 def _session(gradient: bytes, threads: int) -> Any:
-    """A session of a gradient graph."""
-    import onnxruntime
+    """A session of a gradient graph.
+
+    Without plans of memory: beside what the first run took they would need as much again.
+    """
+    from onnxruntime.capi.onnxruntime_inference_collection import InferenceSession
 
     options = _options()
+    options.enable_mem_pattern = False
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # threads that wait for work would burn cores that the caller (the teacher) can use
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(gradient, options, ["CPUExecutionProvider"])
+    return InferenceSession(gradient, options, ["CPUExecutionProvider"])
 
 
 def _options() -> Any:
-    import onnxruntime
+    from onnxruntime.capi import _pybind_state as binding
 
-    onnxruntime.set_default_logger_severity(3)
-    options = onnxruntime.SessionOptions()
+    binding.set_default_logger_severity(3)
+    options = binding.SessionOptions()
     options.log_severity_level = 3
     return options
 
@@ -300,11 +304,10 @@ class Server:
 
 def _about() -> wire.Header:
     """Versions, once the wheel has been imported."""
-    import onnxruntime
     from onnxruntime.capi import _pybind_state as binding
 
     return {
-        "onnxruntime": onnxruntime.__version__,
+        "onnxruntime": binding.get_version_string(),
         "training": hasattr(binding, "GradientGraphBuilder"),
         "numpy": np.__version__,
         "python": sys.version.split()[0],
