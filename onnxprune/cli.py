@@ -82,7 +82,7 @@ Criterion = Annotated[
     str | None,
     typer.Option(
         help="How channels are ranked: l1, l2, bn-scale, fpgm, lamp, random; measured on data: "
-        "reconstruction, wanda, flap.",
+        "reconstruction, wanda, flap, taylor.",
         rich_help_panel=CHOICE,
         metavar="NAME",
     ),

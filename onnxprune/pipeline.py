@@ -319,7 +319,14 @@ class _Run:
 
     @property
     def _seen(self) -> Calibration | None:
-        return self.calibration if isinstance(self.calibration, Calibration) else None
+        """What channels are ranked on: as the repair, or the data where there is no repair."""
+        from onnxprune.passes.criteria import MEASURED
+
+        if isinstance(self.calibration, Calibration):
+            return self.calibration
+        if self.train is None or self.options.criterion not in MEASURED:
+            return None
+        return from_data(self.train, seed=self.options.seed)
 
     def prune(self) -> tuple[Attempt, tuple[Trial, ...]]:
         """The model that is kept, and what was tried for it."""

@@ -48,7 +48,7 @@ def rank_units(analysis: Analysis, options: Options, calibration: Calibration | 
             raise InvalidRecipeError(f"no criterion {name!r}: choose one of {known}")
         return Ranked(score(analysis.coupling, name, seed=options.seed))
     if calibration is None:
-        raise InvalidRecipeError(f"--criterion {name} measures activations: add --data")
+        raise InvalidRecipeError(f"--criterion {name} measures on inputs: add --data")
     calibration = limited(calibration, analysis.coupling)
     share = max(1, round(len(calibration.batches) * SAMPLES / max(calibration.samples, 1)))
     try:
@@ -64,4 +64,4 @@ def rank_units(analysis: Analysis, options: Options, calibration: Calibration | 
         _log.info("the criterion %s cannot be measured: %s", name, failure)
         note = f"criterion {name} could not be measured ({failure}); l2 was used"
         return Ranked(score(analysis.coupling, "l2", seed=options.seed), notes=(note,))
-    return Ranked(scores, losses=name == "reconstruction")
+    return Ranked(scores, losses=name in ("reconstruction", "taylor"))

@@ -68,6 +68,10 @@ def measured(
 
     Groups that no measured layer reads are ranked by the size of their weights.
     """
+    if name == "taylor":
+        from onnxprune.passes.taylor import taylor
+
+        return taylor(coupling, groups, batches, seed=seed, threads=threads)
     readers = measure_readers(coupling, batches, seed=seed, threads=threads)
     total = score(coupling, "l2", seed=seed)
     for group in groups:
@@ -239,4 +243,4 @@ class _Elimination:
 
 _BY_NAME = {"wanda": wanda, "flap": flap, "reconstruction": reconstruction}
 #: Criteria that need data.
-MEASURED: tuple[str, ...] = tuple(_BY_NAME)
+MEASURED: tuple[str, ...] = (*_BY_NAME, "taylor")

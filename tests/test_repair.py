@@ -398,7 +398,7 @@ class TestPipeline:
         [
             ({"repair": "magic"}, "--repair 'magic' is unknown: choose auto, none, reconstruct"),
             ({"repair": "bn"}, "--repair bn measures statistics: add --data"),
-            ({"criterion": "wanda"}, "--criterion wanda measures activations: add --data"),
+            ({"criterion": "wanda"}, "--criterion wanda measures on inputs: add --data"),
             ({"criterion": "taste"}, "choose one of bn-scale, flap, fpgm"),
         ],
     )

@@ -152,11 +152,9 @@ class Run:
     def _differentiable(self, first: Batch, *, momentum: float | None = None) -> TrainingGraph:
         """The training copy of the student, with the user's loss behind it if there is one."""
         if self.custom is None:
-            return _differentiable(self.exposed, first, momentum=momentum)
+            return differentiable(self.exposed, first, momentum=momentum)
         own = set(find_parameters(self.student.graph).trainable)
-        return _differentiable(
-            joined(self.student, self.custom), first, momentum=momentum, only=own
-        )
+        return differentiable(joined(self.student, self.custom), first, momentum=momentum, only=own)
 
     def _append_loss(self) -> None:
         if self.custom is None:
@@ -405,7 +403,7 @@ class Run:
         )
 
 
-def _differentiable(
+def differentiable(
     student: onnx.ModelProto,
     first: Batch,
     *,
