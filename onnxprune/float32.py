@@ -8,7 +8,8 @@ of the copies of the original and the pruned model holds of the structure of bot
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -18,6 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxprune import io
 from onnxprune.errors import InvalidDataError, InvalidModelError
 from onnxprune.protos import bodies
+
+if TYPE_CHECKING:
+    from onnxprune.data import Batch, Dataset
 
 HALVES = frozenset((TensorProto.FLOAT16, TensorProto.BFLOAT16))
 _OTHERS = HALVES | {TensorProto.DOUBLE}
@@ -81,6 +85,22 @@ def float32_feeds(feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """The same feeds for the float32 copy."""
     kinds = {helper.tensor_dtype_to_np_dtype(kind) for kind in _OTHERS}
     return {n: a.astype(np.float32) if a.dtype in kinds else a for n, a in feeds.items()}
+
+
+@dataclass(frozen=True)
+class Float32Data:
+    """A dataset whose feeds are those of the float32 copy."""
+
+    data: Dataset
+
+    def batches(self, size: int, *, rng: np.random.Generator | None = None) -> Iterator[Batch]:
+        """See `onnxprune.data.Dataset.batches`."""
+        for batch in self.data.batches(size, rng=rng):
+            yield replace(batch, feeds=float32_feeds(batch.feeds))
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return len(self.data)
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

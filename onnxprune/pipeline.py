@@ -314,8 +314,9 @@ class _Run:
         self.calibration = calibrate(original, self.train, options)
         criterion = options.criterion or default_criterion(self._seen)
         self.options = replace(options, criterion=criterion)
-        self.old = measure(original, self.held_out, None, threads)
-        self.reference = Reference(original, threads=threads)
+        self.old = measure(original, self.held_out, None, options)
+        shown = float32_copy(original) if options.as_float32 else original
+        self.reference = Reference(shown, threads=threads)
 
     @property
     def _seen(self) -> Calibration | None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnxprune import runtime
 from onnxprune.analysis import Analysis
 from onnxprune.calibration.inputs import Calibration, limited
+from onnxprune.float32 import Float32Data, float32_copy
 from onnxprune.options import Options, Verified
 from onnxprune.progress import Progress
 from onnxprune.rewriting import Rewriter
@@ -51,7 +52,7 @@ def rebuild(
 ) -> tuple[onnx.ModelProto, dict[str, float], list[Step]]:
     """Win accuracy back: the model, its metrics, and what each step bought."""
     original, model = analysis.model, verified.applied.model
-    metrics = measure(model, held_out, reference, options.threads)
+    metrics = measure(model, held_out, reference, options)
     steps: list[Step] = []
     if isinstance(calibration, str):
         steps.append({"step": "pruned", "notes": [calibration], **metrics})
@@ -67,12 +68,12 @@ def rebuild(
             repaired, facts = stage.repair(model, train, error, progress)
             if repaired is not model:
                 model = repaired
-                metrics = measure(model, held_out, reference, options.threads)
+                metrics = measure(model, held_out, reference, options)
             steps.append({**facts, **metrics})
     if options.finetune and train is not None:
         steps = steps or [{"step": "pruned", **metrics}]
         model, facts = _finetune(original, model, train, held_out, options, progress)
-        metrics = measure(model, held_out, reference, options.threads)
+        metrics = measure(model, held_out, reference, options)
         steps.append({**facts, **metrics})
     return model, metrics, steps
 
@@ -214,6 +215,8 @@ def calibrate(
 
     if options.repair == "none" or options.budget.kind == "lossless":
         return None
+    if options.as_float32:
+        return "not repaired: ONNX Runtime does not run the model's own types on the CPU"
     if train is not None:
         return from_data(train, seed=options.seed)
     if options.repair == "auto" and count_params(original) > LARGE:
@@ -231,11 +234,13 @@ def measure(
     model: onnx.ModelProto,
     data: Dataset | None,
     reference: Reference | None,
-    threads: int | None,
+    options: Options,
 ) -> dict[str, float]:
     """Task metrics of `model`, and its likeness to `reference`; none without data."""
     if data is None:
         return {}
     from onnxprune.metrics import evaluate
 
-    return evaluate(model, data, threads=threads, reference=reference)
+    if options.as_float32:
+        model, data = float32_copy(model), Float32Data(data)
+    return evaluate(model, data, threads=options.threads, reference=reference)

@@ -154,6 +154,17 @@ def test_what_runs_only_as_float32_is_checked_so_and_says_so(name: str, kind: in
     assert "float32 copies" in compared.reference
 
 
+@pytest.mark.parametrize("kind", [BRAIN, DOUBLE], ids=["bfloat16", "float64"])
+def test_what_runs_only_as_float32_is_measured_on_data(kind: int) -> None:
+    model = made("cnn", kind)
+    dims = [d.dim_value or 8 for d in model.graph.input[0].type.tensor_type.shape.dim]
+    data = {"x": np.random.default_rng(0).normal(size=dims).astype(np.float32)}
+    report = prune(model, channels=0.5, data=data, repair="auto").report
+    assert report.checks[0].passed
+    assert report.after.metrics["mse"] > 0
+    assert any("not repaired: ONNX Runtime does not run" in note for note in report.notes)
+
+
 def test_float16_runs_as_it_is() -> None:
     model = made("cnn", HALF)
     assert not needs_float32(model)
