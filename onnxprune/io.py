@@ -84,12 +84,12 @@ def _streamed(path: Path) -> onnx.ModelProto | None:
     from onnxprune.wire import read
 
     try:
+        size = path.stat().st_size if path.is_file() else 0
+        if not _STREAMED_BYTES <= size < _PROTOBUF_LIMIT:
+            return None
         with path.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if not _STREAMED_BYTES <= size < _PROTOBUF_LIMIT:
-                return None
             model = read(stream, size)
-            return model if model.ListFields() else None
+        return model if model.ListFields() else None
     except (OSError, DecodeError, MemoryError):
         return None
 
