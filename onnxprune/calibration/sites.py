@@ -54,6 +54,7 @@ class Site:
     axis: int
     groups: int = 1
     other: str = ""
+    behind: int = 0
     path: list[Affine] = field(default_factory=list)
 
     @property
@@ -114,7 +115,8 @@ def linear(model: Editable, index: int) -> Site | None:
         "MatMul": weight.shape[1],
     }.get(kind, weight.shape[0] * weight.shape[1])
     x, y = node.input[0], next(name for name in node.output if name)
-    return Site(index, kind, 1, x, y, y, channels, 1 if kind in _CONVS else -1, groups)
+    axis, behind = (1, weight.ndim - 2) if kind in _CONVS else (-1, 0)
+    return Site(index, kind, 1, x, y, y, channels, axis, groups, behind=behind)
 
 
 def follow(model: Editable, site: Site) -> None:
@@ -169,8 +171,7 @@ def per_channel(value: Array, site: Site) -> Array | None:
     if value.size != site.channels or value.size != max(value.shape):
         return None
     behind = value.ndim - 1 - value.shape.index(value.size)  # axes after the long one
-    fits = behind >= 1 if site.is_conv else behind == 0
-    return value.ravel() if fits else None
+    return value.ravel() if behind == site.behind else None
 
 
 def _batchnorm(model: Editable, index: int) -> Affine | None:
