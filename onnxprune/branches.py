@@ -1,4 +1,7 @@
-"""Residual branches: what lies between a tensor and the Add that puts it back in."""
+"""Residual branches: what lies between a tensor and the Add that puts it back in.
+
+Where a block changes the shape, its Add joins two ways from one tensor: the longer is the branch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ LAYERS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM",
 
 @dataclass(frozen=True)
 class Branch:
-    """output = skip + f(skip): `nodes` are those of f; `axis` holds the `width` channels."""
+    """output = skip + f(skip): `nodes` are those of f; `axis` holds the `width` channels.
+
+    Or output = skip + f(x), where skip itself is made from x by fewer layers.
+    """
 
     output: str
     skip: str
@@ -29,8 +35,8 @@ def find_branches(graph: Graph, shapes: Shapes) -> Iterator[Branch]:
     for node in graph.top:
         if node.op_type != "Add" or node.domain != "":
             continue
-        for skip, inner in (node.inputs, node.inputs[::-1]):
-            nodes = _between(graph, skip, inner)
+        ways = [(n, s) for s, i in (node.inputs, node.inputs[::-1]) if (n := _between(graph, s, i))]
+        for nodes, skip in ways or _longer(graph, *node.inputs):
             layers = tuple(n.proto.name or n.outputs[0] for n in nodes if n.op_type in LAYERS)
             if layers and _alike(shapes, skip, node.outputs[0]):
                 axis = _channel_axis(shapes, nodes, skip)
@@ -69,6 +75,37 @@ def _between(graph: Graph, start: str, end: str) -> list[Node]:
             needed.update(name for name in node.inputs if name in reached)
             found.append(node)
     return found[::-1]
+
+
+def _longer(graph: Graph, one: str, other: str) -> list[tuple[list[Node], str]]:
+    """What only the operand with more layers is made by, and the other operand.
+
+    Nothing where both have as many, or where they do not come from one tensor.
+    """
+    behind = [_behind(graph, name) for name in (one, other)]
+    shared = behind[0] & behind[1]
+    own = [[graph.nodes[i] for i in sorted(of - shared)] for of in behind]
+    read = [
+        {n for node in of for n in node.inputs} - {n for m in of for n in m.outputs} for of in own
+    ]
+    sources = [{n for n in of if n and n not in graph.constants} for of in read]
+    counts = [sum(n.op_type in LAYERS for n in of) for of in own]
+    if counts[0] == counts[1] or min(counts) == 0 or not sources[0] & sources[1]:
+        return []
+    longer = int(counts[1] > counts[0])
+    return [(own[longer], (other, one)[longer])]
+
+
+def _behind(graph: Graph, name: str) -> set[int]:
+    """Positions of the nodes outside of bodies that a tensor is made by."""
+    found: set[int] = set()
+    waiting = [name]
+    while waiting:
+        node = graph.producer.get(waiting.pop())
+        if node is not None and node.index not in found:
+            found.add(node.index)
+            waiting += node.inputs
+    return found
 
 
 def _channel_axis(shapes: Shapes, nodes: list[Node], skip: str) -> int | None:

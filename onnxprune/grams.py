@@ -24,9 +24,10 @@ ROWS_AT_LEAST = 32768
 
 @dataclass
 class Moments:
-    """Sums over rows of a layer's input x[K], and of what it is in the model to imitate, t[K].
+    """Sums over rows of a layer's input x[K], and of what is to be imitated, t[M].
 
-    `square` of x x^T and `cross` of t x^T, [G, K, K]; `total` of x and `goal` of t, [G, K].
+    `square` of x x^T, [G, K, K], and `cross` of t x^T, [G, M, K]; `total` of x, [G, K], and `goal`
+    of t, [G, M].
     """
 
     square: Array
@@ -41,8 +42,14 @@ class Moments:
         two, one = (groups, width, width), (groups, width)
         return cls(np.zeros(two), np.zeros(two), np.zeros(one), np.zeros(one))
 
+    @classmethod
+    def of(cls, x: Array, t: Array) -> Moments:
+        """No rows yet, for rows such as x[G, R, K] and t[G, R, M]."""
+        g, k, m = x.shape[0], x.shape[2], t.shape[2]
+        return cls(np.zeros((g, k, k)), np.zeros((g, m, k)), np.zeros((g, k)), np.zeros((g, m)))
+
     def add(self, x: Array, t: Array) -> None:
-        """Add rows x[G, R, K] and t[G, R, K]."""
+        """Add rows x[G, R, K] and t[G, R, M]."""
         x = np.ascontiguousarray(x, np.float32)
         square = np.matmul(x.swapaxes(1, 2), x)
         self.square += square
@@ -52,7 +59,7 @@ class Moments:
         self.rows += x.shape[1]
 
     def means(self, centred: bool) -> tuple[Array, Array]:
-        """The means of x x^T and t x^T, less their own means where `centred`, [G, K, K]."""
+        """The means of x x^T and t x^T, less their own means where `centred`."""
         n = max(self.rows, 1)
         square, cross = self.square / n, self.cross / n
         if centred:

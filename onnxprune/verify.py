@@ -182,6 +182,57 @@ def _one_difference(a: Any, b: Any) -> float:
     return gap / scale if scale > 0 else gap
 
 
+def deviation(ours: Sequence[Sequence[Any]], theirs: Sequence[Sequence[Any]]) -> float:
+    """The squared distance of the outputs of several runs, relative to the variance of `theirs`.
+
+    The mean over the outputs that hold floats; without such, the largest `difference`. Infinite
+    where shapes differ or a result is not finite.
+    """
+    shares = []
+    for found, wanted in zip(zip(*ours, strict=True), zip(*theirs, strict=True), strict=True):
+        if any(isinstance(w, list) or np.asarray(w).dtype.kind != "f" for w in wanted):
+            continue
+        targets = [np.asarray(w, np.float64) for w in wanted]
+        if any(np.shape(f) != t.shape for f, t in zip(found, targets, strict=True)):
+            return np.inf
+        gap = sum(float(((f - t) ** 2).sum()) for f, t in zip(found, targets, strict=True))
+        center = sum(float(t.sum()) for t in targets) / max(sum(t.size for t in targets), 1)
+        spread = sum(float(((t - center) ** 2).sum()) for t in targets)
+        shares.append(gap / max(spread, 1e-30))
+    if not shares:
+        return max((difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+    mean = float(np.mean(shares))
+    return mean if np.isfinite(mean) else np.inf
+
+
+def model_difference(
+    model: onnx.ModelProto,
+    reference: onnx.ModelProto,
+    feeds: Sequence[Feeds],
+    threads: int | None = None,
+) -> float:
+    """How far the outputs of two models are apart, with or without the runtime's fusions.
+
+    Raises:
+        InvalidModelError: one of the two does not run.
+        VerificationError: the outputs hold no numbers to compare.
+    """
+    error = np.inf
+    for optimize in (True, False):
+        way = _Way(threads, False, optimize)
+        ours, theirs = (_outputs(m, feeds, way) for m in (model, reference))
+        if not any(are_telling(outputs, integers=True) for outputs in theirs):
+            raise VerificationError(
+                "the model computes no finite numbers on these inputs, so nothing can be compared; "
+                "give real ones with --data"
+            )
+        found = max((difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+        error = min(error, found)
+        if error <= _CLOSE:
+            break
+    return error
+
+
 def twin_error(
     coupling: Coupling,
     keep: Mask,

@@ -35,6 +35,7 @@ class LayerwiseRepair:
     may_grow: bool = True
     seed: int = 0
     threads: int | None = None
+    only: frozenset[str] | None = None
 
     def __call__(
         self,
@@ -56,5 +57,6 @@ class LayerwiseRepair:
             self.may_grow,
             self.seed,
             self.threads,
+            self.only,
         )
         return repair.run(progress)

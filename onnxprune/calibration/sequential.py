@@ -58,6 +58,7 @@ class Repair:
             (32,768 at most).
         sums: which moments the solver needs.
         may_grow: False adds no bias where none was: the number of weights stays.
+        only: the outputs of the sites that are solved; None for all.
     """
 
     model: onnx.ModelProto
@@ -70,6 +71,7 @@ class Repair:
     may_grow: bool = True
     seed: int = 0
     threads: int | None = None
+    only: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         """Index both models."""
@@ -107,7 +109,9 @@ class Repair:
         return self.inputs == "original"
 
     def _comparable(self, site: Site) -> bool:
-        """Whether the original has the tensors, and nothing is broadcast on the way."""
+        """Whether it is asked for, the original has its tensors, and nothing is broadcast."""
+        if self.only is not None and site.output not in self.only:
+            return False
         shapes = self.rewriter.coupling.shapes
         known = site.target in self.teacher.maker and site.output in self.teacher.maker
         return known and shapes.dims(site.output) == shapes.dims(site.target)
