@@ -42,6 +42,15 @@ class Replacement(StrEnum):
     linear = "linear"
 
 
+class Kinds(StrEnum):
+    """Which layers may go."""
+
+    auto = "auto"
+    branch = "branch"
+    plain = "plain"
+    all = "all"
+
+
 class LayerRanking(StrEnum):
     """How branches are ranked."""
 
@@ -137,7 +146,22 @@ def prune_weights(
 def prune_layers(
     source: ModelIn,
     target: ModelOut,
-    layers: Annotated[int, typer.Option(help="How many residual branches go.")] = 1,
+    layers: Annotated[
+        int | None, typer.Option(help="How many go; 1 where nothing else says how many.")
+    ] = None,
+    macs: Annotated[
+        float | None, typer.Option(help="Drop until this share of multiply-adds is left.")
+    ] = None,
+    params: Annotated[
+        float | None, typer.Option(help="Drop until this share of parameters is left.")
+    ] = None,
+    kinds: Annotated[
+        Kinds,
+        typer.Option(
+            help="Residual branches; plain layers, of which only layers read what they give; "
+            "all; or auto: branches, without such or for a share also plain layers."
+        ),
+    ] = Kinds.auto,
     replacement: Annotated[
         Replacement,
         typer.Option(
@@ -149,15 +173,24 @@ def prune_layers(
         LayerRanking,
         typer.Option(help="By what the outputs lose, or by how alike input and output are."),
     ] = LayerRanking.output,
+    repair: Annotated[
+        bool, typer.Option("--repair/--no-repair", help="Solve the layers behind anew.")
+    ] = True,
     data: Data = None,
     val: Val = None,
     samples: Samples = 1024,
-    max_drop: MaxDrop = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Write nothing if the metric falls by more than this many points; where nothing "
+            "says how many layers go: drop as many as that allows."
+        ),
+    ] = None,
     threads: Threads = None,
     quiet: Quiet = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> int:
-    """Drop the residual branches that matter least."""
+    """Drop the residual branches and layers that matter least."""
     from onnxprune import io
     from onnxprune.passes.prune_layers import PruneLayers
     from onnxprune.report.console import stdout_console
@@ -171,13 +204,19 @@ def prune_layers(
         ranking=ranking.value,
         samples=samples,
         threads=threads,
+        kinds=kinds.value,
+        macs=macs,
+        params=params,
+        max_drop=max_drop,
+        repair=repair,
     )
     _check_promise(max_drop, val or data)
     outputs = Outputs(target)
     with about(source):
         model = io.load(source)
     with progress(quiet) as listener, about(source):
-        result = options(model, _data(data, model), progress=listener)
+        found, held_out = _data(data, model), _data(val, model)
+        result = options(model, found, val=held_out, progress=listener)
     metrics = _measured(model, result.model, val or data, threads)
     show_layers(stdout_console(), model, result, metrics, _latencies(model, result.model, threads))
     return _written(result.model, outputs, metrics, max_drop)

@@ -19,6 +19,7 @@ from onnxprune.training.options import FinetuneOptions
 if TYPE_CHECKING:
     from onnxprune.data import Dataset
     from onnxprune.passes.finetune import Finetune
+    from onnxprune.passes.prune_layers import PruneLayers
     from onnxprune.progress import Progress
 
 ENTRY_POINTS = "onnxprune.passes"
@@ -123,21 +124,38 @@ class PruneStep:
 
 @dataclass(frozen=True)
 class LayersStep:
-    """Drop residual branches."""
+    """Drop residual branches and plain layers."""
 
-    layers: int = 1
+    layers: int | None = None
+    macs: float | None = None
+    params: float | None = None
+    max_drop: float | None = None
+    kinds: Literal["auto", "branch", "plain", "all"] = "auto"
     replacement: Literal["none", "affine", "linear"] = "linear"
     ranking: Literal["output", "cosine"] = "output"
     samples: int = 1024
+    repair: bool = True
 
-    def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
+    def __post_init__(self) -> None:
+        """Refuse options that make no sense."""
+        self._pass(None, 0)
+
+    def _pass(self, threads: int | None, seed: int) -> PruneLayers:
         from onnxprune.passes.prune_layers import PruneLayers
 
-        run = PruneLayers(
-            self.layers, self.replacement, self.ranking, self.samples, context.threads
-        )
-        found = run(model, context.dataset("prune-layers"), progress=context.progress)
-        return found.model, {"dropped": [asdict(row) for row in found.dropped]}
+        options: dict[str, Any] = {k: getattr(self, k) for k in self.__dataclass_fields__}
+        return PruneLayers(**options, threads=threads, seed=seed)
+
+    def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
+        run = self._pass(context.threads, context.seed)
+        data, held_out = context.dataset("prune-layers"), context.held_out()
+        found = run(model, data, val=held_out, progress=context.progress)
+        rows = [asdict(row) for row in found.dropped]
+        return found.model, {
+            "dropped": [{k: v for k, v in row.items() if k != "edit"} for row in rows],
+            "max_error": found.max_error,
+            "notes": list(found.notes),
+        }
 
 
 @dataclass(frozen=True)

@@ -61,16 +61,28 @@ def show_layers(
     metrics: Sequence[Mapping[str, float]],
     latencies_ms: Sequence[float],
 ) -> None:
-    """The branches that went, and what that changed."""
+    """The branches and layers that went, and what that changed."""
     from onnxprune.cost import count_params
 
-    heads = ("dropped branch, by its first layer", "layers", "cosine", "output change", "by")
-    rows = new_table(console, heads, left=1)
+    heads = (
+        "dropped, by its first layer",
+        "kind",
+        "layers",
+        "MACs",
+        "cosine",
+        "output error",
+        "by",
+    )
+    rows = new_table(console, heads, left=2)
     for row in result.dropped:
-        numbers = (str(len(row.layers)), f"{row.similarity:.3f}", f"{row.output_error:.3f}")
-        rows.add_row(row.layers[0], *numbers, row.replacement)
+        likeness = f"{row.similarity:.3f}" if row.similarity else "-"
+        numbers = (str(len(row.layers)), f"-{row.macs:,.0f}", likeness, f"{row.output_error:.2%}")
+        rows.add_row(row.layers[0], row.kind, *numbers, row.replacement)
     show_table(console, rows)
-    console.print(f"{len(result.dropped)} of {result.candidates} branches dropped", highlight=False)
+    gone = f"{len(result.dropped)} of {result.candidates} that could go were dropped"
+    console.print(gone, highlight=False)
+    for note in result.notes:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False, markup=False)
     total = new_table(console, ("", "before", "after"), left=1)
     total.add_row("parameters", *(f"{count_params(m):,}" for m in (before, result.model)))
     total.add_row("latency", *(f"{t:.3f} ms" for t in latencies_ms))
