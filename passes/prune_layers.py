@@ -192,6 +192,7 @@ class _Run:
         self.tolerance = default_tolerance(self.original)
         self.refused: dict[str, str] = {}
         self.words = ""
+        self.taken = _names(self.original)  # the twin holds what all edits have made
 
     def result(self) -> LayersResult:
         """Drop layers until the goal is reached."""
@@ -262,14 +263,14 @@ class _Run:
                     f"--{option} {getattr(self.options, option):g} cannot be reached by dropping "
                     f"layers: {left:.3f} is left without all {len(step.dropped)} that can go"
                 )
-        return f"after {len(step.dropped)} of the {self.words} no other can go"
+        why = "".join(f"; {name}: {words}" for name, words in self.refused.items())
+        return f"after {len(step.dropped)} of the {self.words} no other can go{why}"
 
     # -- choosing ----------------------------------------------------------------------------------
 
     def _found(self, step: _Step) -> Iterator[Candidate]:
-        taken = _names(self.original) | _names(step.model)
-        options = self.options
-        for candidate in find_candidates(step.model, options.replacement, self._kinds, taken):
+        found = find_candidates(step.model, self.options.replacement, self._kinds, self.taken)
+        for candidate in found:
             if candidate.output not in self.refused:
                 yield candidate
 
