@@ -104,7 +104,7 @@ def _is_layer(graph: Graph, shapes: Shapes, node: Node) -> bool:
 def _dims(shapes: Shapes, name: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """At both sizings; None where the shape is not known or follows data."""
     first, second = shapes.first.dims.get(name), shapes.second.dims.get(name)
-    known = first is not None and second is not None and name not in shapes.measured
+    known = first is not None and second is not None and name not in shapes.doubted
     return (first, second) if known else None  # type: ignore[return-value]
 
 
