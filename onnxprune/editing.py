@@ -57,13 +57,7 @@ class Edit:
         """The constant `name` becomes `value`, wherever it is read."""
         tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
         tensor.data_type = kind
-        for initializer in self.model.graph.initializer:
-            if initializer.name == name:
-                initializer.CopyFrom(tensor)
-                return
-        node = self.graph.producer[name].proto
-        del node.attribute[:]
-        node.attribute.append(onnx.helper.make_attribute("value", tensor))
+        self.graph.constants[name].tensor.CopyFrom(tensor)
 
     def _fresh(self, wish: str) -> str:
         return fresh_name(wish, self._taken)

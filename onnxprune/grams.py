@@ -58,6 +58,14 @@ class Moments:
         self.goal += t.sum(axis=1, dtype=np.float64)
         self.rows += x.shape[1]
 
+    def join(self, other: Moments) -> None:
+        """Add the rows of another place where the same is multiplied."""
+        self.square += other.square
+        self.cross += other.cross
+        self.total += other.total
+        self.goal += other.goal
+        self.rows += other.rows
+
     def means(self, centred: bool) -> tuple[Array, Array]:
         """The means of x x^T and t x^T, less their own means where `centred`."""
         n = max(self.rows, 1)

@@ -18,15 +18,25 @@ from onnxprune.editing import Edit
 from onnxprune.errors import InvalidRecipeError
 from onnxprune.grams import Moments, Taps, calibration_batches
 from onnxprune.graph import Graph
-from onnxprune.matrices import Matrix, find_matrices
+from onnxprune.matrices import Matrix, find_matrices, left_alone
 from onnxprune.progress import Progress, Silent
-from onnxprune.sparsity import Pattern, choose, inverse_factor, obs, relative_error, resolve
+from onnxprune.sparsity import (
+    Pattern,
+    choose,
+    exchange,
+    inverse_factor,
+    obs,
+    relative_error,
+    resolve,
+)
 
 Array = NDArray[Any]
 Method = Literal["magnitude", "wanda", "sparsegpt"]
 Allocation = Literal["layer", "global"]
 #: Up to this width the weights that stay are re-solved exactly; beyond, OBS's own update is kept.
 RESOLVE_WIDTH = 1536
+#: Up to this width weights of an N:M pattern change places as long as that helps.
+EXCHANGE_WIDTH = 768
 #: Steps in which a share of weights goes.
 STAGES = 2
 #: Between these the damping is the number of inputs over that of rows.
@@ -140,6 +150,7 @@ class _Run:
         self.original = Taps(taps.batches, taps.threads)
         self.changed = False
         self.matrices = list(find_matrices(self.graph))
+        self.others = list(left_alone(self.graph))
 
     def prune(self) -> tuple[SparseLayer, ...]:
         """Prune every layer, and say what became of each."""
@@ -154,6 +165,7 @@ class _Run:
                 continue
             rows.append(self._layer(matrix, shares[matrix.name]))
             self.progress.step(len(rows))
+        rows += [SparseLayer(name, dims, 0.0, None, why) for name, dims, why in self.others]
         return tuple(rows)
 
     def _reason(self, matrix: Matrix) -> str:
@@ -164,32 +176,43 @@ class _Run:
         shape = self._weight(matrix).shape
         if not self.options._parsed.fits(shape, matrix.period):
             return f"its shape does not divide into {self.options.pattern}"
-        if self.options.method == "magnitude":
-            return ""
-        if not matrix.x:
-            return "what it reads is no output of the operator"
         return ""
+
+    def _measured(self, matrix: Matrix) -> bool:
+        """Whether what the weight is multiplied with can be read from the data."""
+        return bool(matrix.x and self.taps.batches)
 
     def _weight(self, matrix: Matrix) -> Array:
         return matrix.read(self.edit.weight(matrix.node.index, matrix.slot))
 
     def _moments(self, matrix: Matrix) -> Moments:
-        goals = self.original.read(self.graph.model, matrix.x)
-        now = self.taps.read(self.edit.model, matrix.x) if self.changed else goals
-        return matrix.moments(now, goals, self.options.seed)
+        found = None
+        for place in (matrix, *matrix.shared):
+            goals = self.original.read(self.graph.model, place.x)
+            now = self.taps.read(self.edit.model, place.x) if self.changed else goals
+            own = place.moments(now, goals, self.options.seed)
+            if found is None:
+                found = own
+            else:
+                found.join(own)
+        assert found is not None
+        return found
 
     def _shares(self, matrices: Sequence[Matrix]) -> Mapping[str, float]:
         """The share of each layer that goes."""
         target = self.options.sparsity
         if self.options.allocation == "layer" or self.options._parsed.fixed:
             return dict.fromkeys((m.name for m in matrices), target)
-        scores = [self._harm(m).ravel() for m in matrices]
+        known = [m for m in matrices if self.options.method == "magnitude" or self._measured(m)]
+        found = dict.fromkeys((m.name for m in matrices), target)
+        if not known:
+            return found
+        scores = [self._harm(m).ravel() for m in known]
         order = np.sort(np.concatenate(scores))
         limit = order[min(int(target * order.size), order.size - 1)]
-        return {
-            m.name: min(float((s < limit).mean()), 0.95)
-            for m, s in zip(matrices, scores, strict=True)
-        }
+        for matrix, harm in zip(known, scores, strict=True):
+            found[matrix.name] = min(float((harm < limit).mean()), 0.95)
+        return found
 
     def _harm(self, matrix: Matrix) -> Array:
         """What each weight adds to its layer's output, as a share of it."""
@@ -208,7 +231,7 @@ class _Run:
 
     def _layer(self, matrix: Matrix, share: float) -> SparseLayer:
         old = self._weight(matrix).astype(np.float64)
-        moments = self._moments(matrix) if self.taps.batches else None
+        moments = self._moments(matrix) if self._measured(matrix) else None
         centred = moments is not None and self._has_bias(matrix)
         means = None if moments is None else moments.means(centred)
         damping = 0.0 if moments is None else self._damping(moments)
@@ -221,7 +244,9 @@ class _Run:
         if centred and moments is not None:
             self.edit.add_bias(index, moments.shift(old, new).astype(stored.dtype), kind)
         self.changed = True
-        return SparseLayer(matrix.name, matrix.dims, float((new == 0).mean()), error)
+        blind = self.options.method != "magnitude" and moments is None
+        note = f"chosen by magnitude: {matrix.why}" if blind else ""
+        return SparseLayer(matrix.name, matrix.dims, float((new == 0).mean()), error, note)
 
     def _has_bias(self, matrix: Matrix) -> bool:
         """Whether a change of the mean output can go into a bias."""
@@ -261,6 +286,8 @@ class _Run:
             new = obs(new, hessian, part, pattern, damping)
             if len(hessian) <= RESOLVE_WIDTH:
                 new = resolve(weight, new != 0, hessian, cross, damping)
+        if self.options._parsed.fixed and len(hessian) <= EXCHANGE_WIDTH:
+            new = exchange(weight, new, hessian, cross, self.options._parsed, damping)
         return new
 
     def _stages(self, share: float) -> list[tuple[Pattern, float]]:
