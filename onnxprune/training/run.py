@@ -43,6 +43,7 @@ from onnxprune.training.loss import (
     plan_objective,
 )
 from onnxprune.training.parameters import Parameter, find_parameters, write_back
+from onnxprune.training.pieces import cut, piece_rows, separable
 from onnxprune.training.schedule import SGD_RATE, peak_rate, rate_at
 from onnxprune.training.teacher import Teacher
 
@@ -125,6 +126,7 @@ class Run:
         classes = [t.classes for t in self.objective.terms if t.key == "label" and t.classes]
         self.augment = augmentation(options.augment, classes[0] if classes else None)
         self._append_loss()
+        self.piece = self._piece_rows()
         self.trainer = self._make_trainer(worker)
         self._check(first)
         if options.batchnorm == "batch":
@@ -167,6 +169,12 @@ class Run:
         if self.teacher_model is None or not self.options.feature_weight or self.custom:
             return []
         return chosen(self.options.features, self.student, self.teacher_model)
+
+    def _piece_rows(self) -> int | None:
+        """The samples of a batch that run at a time; None: all."""
+        if self.custom or self.options.batchnorm == "batch" or not separable(self.objective):
+            return None
+        return piece_rows(self.graph.draft)
 
     def _plan(self, whole: Batch) -> Objective:
         """Choose the loss from the first batch."""
@@ -244,10 +252,10 @@ class Run:
             self.notes.append(text)
             _log.warning("finetune: %s", text)
 
-    def _feeds(self, batch: Batch, parts: int) -> dict[str, Array]:
-        """All inputs of the training graph, for a batch that is one of `parts` parts of a step."""
+    def _feeds(self, batch: Batch, share: float) -> dict[str, Array]:
+        """All inputs of the training graph, for a batch that is this share of a step."""
         answers = self.teacher(batch.feeds) if self.teacher is not None else {}
-        targets = self.objective.feeds(batch.labels, answers, share=1 / parts)
+        targets = self.objective.feeds(batch.labels, answers, share=share)
         return {**batch.feeds, **targets}
 
     def result(self) -> FinetuneResult:
@@ -297,11 +305,13 @@ class Run:
         return float(np.mean(losses)), rate
 
     def _step(self, parts: list[Batch], rate: float) -> float:
-        """One optimizer step over the parts of a batch."""
-        loss = 0.0
-        for part in parts[:-1]:
-            loss += self.trainer.accumulate(self._feeds(part, len(parts)))
-        last, _ = self.trainer.step(self._feeds(parts[-1], len(parts)), rate)
+        """One optimizer step over the parts of a batch, which may be cut into smaller ones."""
+        pieces = [(part, 1.0) for part in parts]
+        if self.piece is not None:
+            pieces = [piece for part in parts for piece in cut(part, self.piece, self.objective)]
+        *rest, (piece, share) = pieces
+        loss = sum(self.trainer.accumulate(self._feeds(p, s / len(parts))) for p, s in rest)
+        last, _ = self.trainer.step(self._feeds(piece, share / len(parts)), rate)
         return loss + last
 
     def _steps(self, epoch: int) -> Iterator[list[Batch]]:
