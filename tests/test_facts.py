@@ -80,3 +80,23 @@ def test_bounds(body: str, weights: str, low: float | None, high: float | None) 
         assert float(fact.low.min()) == pytest.approx(low, abs=1e-6)
         assert float(fact.high.max()) == pytest.approx(high, abs=1e-6)
     assert violations(model) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "weights"),
+    [
+        ("y = Conv<pads=[1,1,1,1]>(u, var)", "var:4,4,3,3"),
+        ('y = Conv<auto_pad="SAME_LOWER">(u, var)', "var:4,4,3,3"),
+        ("y = ConvTranspose<strides=[2,2]>(u, var)", "var:4,4,3,3"),
+        ("y = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1>(u)", ""),
+        ("y = AveragePool<kernel_shape=[3,3], pads=[1,1,1,1]>(u)", ""),
+        ("y = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(u)", ""),
+        ("y = Pad(u, sizes)", "sizes=0,0,1,1,0,0,1,1"),
+        ("h = Tanh(x)  y = LeakyRelu<alpha=-0.5>(h)", ""),
+    ],
+)
+def test_borders_and_what_falls(body: str, weights: str) -> None:
+    """Zeros come in around values of at least a half."""
+    head = "(float[N,4,6,6] x) => (float[N,4,P,Q] y)"
+    model = build(head, f"s = Sigmoid(x)  u = Add(s, var_low)  {body}", f"var_low:1 {weights}")
+    assert violations(model) == []

@@ -192,6 +192,14 @@ ROWS = [
         "w1:6,3,3,3 w2:4,6,3,3",
     ),
     Row(
+        "repeated filters with two readers",
+        IMAGE,
+        "a = Conv(x, w1) h = Relu(a) p = Conv(h, w2) q = Conv(h, w3) y = Add(p, q)",
+        "w1:8,3,3,3 w2:4,8,1,1 w3:4,8,1,1",
+        "w1[1]=array[0]*2",
+        "w1:7,3,3,3 w2:4,7,1,1 w3:4,7,1,1",
+    ),
+    Row(
         "multiples through a rectifier and a pool, flattened",
         "(float[N,3,8,8] x) => (float[N,4] y)",
         "a = Conv(x, w1) h = Relu(a) p = MaxPool<kernel_shape=[2,2],strides=[2,2]>(h) "
