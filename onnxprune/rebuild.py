@@ -7,7 +7,8 @@ does not bring the outputs nearer to the original's is dropped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from numpy.typing import NDArray
 
 from onnxprune import runtime
 from onnxprune.analysis import Analysis
+from onnxprune.calibration.adapt import Adapted, adapt
 from onnxprune.calibration.inputs import Calibration, limited
+from onnxprune.calibration.sequential import kept_indices
 from onnxprune.float32 import Float32Data, float32_copy
 from onnxprune.options import Options, Verified
 from onnxprune.progress import Progress
@@ -32,10 +35,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 Array = NDArray[Any]
 Step = dict[str, Any]
+Feeds = Mapping[str, Array]
 #: What `--repair` takes; auto tries the first and, where it does not help, those after it.
 REPAIRS = ("reconstruct", "moments", "bn", "bias")
-#: Samples on which a repair is judged.
-JUDGED = 512
+#: One in so many batches is kept for judging.
+JUDGED = 8
 #: Weights above which made-up inputs are used only where that is asked for.
 LARGE = 50_000_000
 
@@ -90,9 +94,16 @@ class _Stage:
     ) -> None:
         self.original, self.rewriter, self.options = original, rewriter, options
         self.calibration = calibration
-        share = max(1, round(len(calibration.batches) * JUDGED / max(calibration.samples, 1)))
-        self.judged = calibration.batches[:share]
-        self.wanted = self._outputs(original)
+        self.may_grow = options.budget.kind not in ("params", "size-mb")
+        self.fitted, self.judged = parted(calibration.batches)
+        self.adapted: Adapted | None = None
+        if not calibration.is_real:
+            self.adapted = adapt(
+                original, calibration.batches, may_grow=self.may_grow, threads=options.threads
+            )
+        names = self.adapted.norms if self.adapted else ()
+        self.kept = {n: at[1] for n in names if 1 in (at := kept_indices(rewriter, n))}
+        self.wanted = self._outputs(self.adapted.model if self.adapted else original)
 
     def repair(
         self, model: onnx.ModelProto, train: Dataset | None, before: float, progress: Progress
@@ -141,9 +152,18 @@ class _Stage:
             "moments": MatchMoments,
             "bias": CompensateBias,
         }
-        may_grow = self.options.budget.kind not in ("params", "size-mb")
-        step = passes[name](may_grow=may_grow, seed=self.options.seed, threads=self.options.threads)
-        return step(model, self.rewriter, self.calibration.batches, progress=progress)
+        seed, threads = self.options.seed, self.options.threads
+        step = passes[name](may_grow=self.may_grow, seed=seed, threads=threads)
+        if self.adapted is None:
+            return step(model, self.rewriter, self.fitted, progress=progress)
+        result = step(
+            self.adapted.enter(model, self.kept),
+            self.rewriter,
+            self.fitted,
+            original=self.adapted.model,
+            progress=progress,
+        )
+        return replace(result, model=self.adapted.leave(result.model, self.kept))
 
     def _reestimate(self, model: onnx.ModelProto, train: Dataset | None) -> onnx.ModelProto:
         from onnxprune.passes.reestimate_batchnorm import ReestimateBatchNorm
@@ -157,7 +177,8 @@ class _Stage:
     def error(self, model: onnx.ModelProto) -> float:
         """Squared distance of the outputs, relative to their variance; infinite if not finite."""
         total = 0.0
-        wanted, got = self.wanted, self._outputs(model)
+        seen = self.adapted.enter(model, self.kept) if self.adapted else model
+        wanted, got = self.wanted, self._outputs(seen)
         for name, target in wanted.items():
             spread = sum(float(((t - t.mean()) ** 2).sum()) for t in target)
             gap = sum(
@@ -176,6 +197,14 @@ class _Stage:
                 if isinstance(value, np.ndarray) and value.dtype.kind == "f":
                     found.setdefault(name, []).append(value.astype(np.float64))
         return found
+
+
+def parted(batches: Sequence[Feeds]) -> tuple[Sequence[Feeds], Sequence[Feeds]]:
+    """The batches to fit on, and those that judge; one alone does both."""
+    if len(batches) < 2:
+        return batches, batches
+    share = -(-len(batches) // JUDGED)
+    return batches[:-share], batches[-share:]
 
 
 def _finetune(
@@ -207,9 +236,12 @@ def _seconds_per_epoch(result: FinetuneResult) -> float:
 
 
 def calibrate(
-    original: onnx.ModelProto, train: Dataset | None, options: Options
+    original: onnx.ModelProto, macs: float, train: Dataset | None, options: Options
 ) -> Calibration | str | None:
-    """What the repair will see; None where none is asked for, words where there can be none."""
+    """What the repair will see; None where none is asked for, words where there can be none.
+
+    `macs`: multiply-adds of one sample.
+    """
     from onnxprune.calibration.inputs import from_data, made_up
     from onnxprune.cost import count_params
 
@@ -225,7 +257,7 @@ def calibrate(
             "there is no --data; --repair reconstruct does it with made-up inputs"
         )
     try:
-        return made_up(original, seed=options.seed, threads=options.threads)
+        return made_up(original, macs=macs, seed=options.seed, threads=options.threads)
     except FAILURES as failure:
         return f"not repaired: no inputs can be made up ({failure})"
 

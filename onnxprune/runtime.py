@@ -8,7 +8,8 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -26,7 +27,15 @@ from onnxprune.feeds import random_feeds
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
-__all__ = ["latencies_ms", "latency_ms", "random_feeds", "run", "session", "working_feeds"]
+__all__ = [
+    "latencies_ms",
+    "latency_ms",
+    "one_blas_thread",
+    "random_feeds",
+    "run",
+    "session",
+    "working_feeds",
+]
 
 _FATAL: Final = 4  # every failure is raised as well, so ONNX Runtime need not print it
 _WITHOUT_NUMPY: Final = re.compile(r"tensor\((bfloat16|float8\w+|float4\w+|u?int[24])\)")
@@ -183,6 +192,15 @@ def _array(value: Any) -> Any:
     tensor = TensorProto(data_type=value.element_type(), dims=value.shape())
     tensor.raw_data = ctypes.string_at(value.data_ptr(), io.tensor_bytes(tensor))
     return numpy_helper.to_array(tensor)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Linear algebra of numpy and scipy in one thread: between small solves others only spin."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1, user_api="blas"):
+        yield
 
 
 #: (batch, scale) of the feeds that are tried on a model: some need longer signals or larger images.

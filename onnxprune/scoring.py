@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxprune.analysis import Analysis
+from onnxprune.calibration.adapt import adapt
 from onnxprune.calibration.inputs import Calibration, limited
 from onnxprune.errors import InvalidRecipeError
 from onnxprune.options import Options
@@ -51,12 +52,17 @@ def rank_units(analysis: Analysis, options: Options, calibration: Calibration | 
         raise InvalidRecipeError(f"--criterion {name} measures on inputs: add --data")
     calibration = limited(calibration, analysis.coupling)
     share = max(1, round(len(calibration.batches) * SAMPLES / max(calibration.samples, 1)))
+    batches = calibration.batches[:share]
     try:
+        adapted = None
+        if not calibration.is_real:
+            adapted = adapt(analysis.model, batches, threads=options.threads)
         scores = measured(
             analysis.coupling,
             analysis.groups,
             name,
-            calibration.batches[:share],
+            batches,
+            original=adapted.model if adapted else None,
             seed=options.seed,
             threads=options.threads,
         )

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from onnxprune.calibration.editable import Editable
-from onnxprune.calibration.gram import measure
+from onnxprune.calibration.gram import affordable, measure
 from onnxprune.calibration.sites import Site, follow, linear
 from onnxprune.calibration.solve import joined
 from onnxprune.calibration.walk import Walk
@@ -24,6 +24,7 @@ from onnxprune.coupling import Coupling
 from onnxprune.groups import Group
 from onnxprune.labels import Labels
 from onnxprune.passes.score import Scores, score
+from onnxprune.runtime import one_blas_thread
 
 Array = NDArray[Any]
 #: Inputs above which a convolution's channels are compared by one tap instead of whole patches.
@@ -61,31 +62,36 @@ def measured(
     name: str,
     batches: Sequence[Mapping[str, Array]],
     *,
+    original: onnx.ModelProto | None = None,
     seed: int = 0,
     threads: int | None = None,
 ) -> Scores:
     """Importance of every unit, [units], by one of `MEASURED`; unit 0 (frozen) gets infinity.
 
-    Groups that no measured layer reads are ranked by the size of their weights.
+    Groups that no measured layer reads are ranked by the size of their weights. `original`: a form
+    of the model with other numbers in it, to measure in its place.
     """
     if name == "taylor":
         from onnxprune.passes.taylor import taylor
 
         return taylor(coupling, groups, batches, seed=seed, threads=threads)
-    readers = measure_readers(coupling, batches, seed=seed, threads=threads)
+    model = Editable(original or coupling.graph.model)
     total = score(coupling, "l2", seed=seed)
-    for group in groups:
-        own = [r for r in readers if np.isin(r.unit, group.units).any()]
-        if own:
-            total[group.units] = _BY_NAME[name](group.units, own)
-        else:
-            total[group.units] /= max(float(total[group.units].sum()), 1e-30)
+    with one_blas_thread():
+        readers = measure_readers(coupling, model, batches, seed=seed, threads=threads)
+        for group in groups:
+            own = [r for r in readers if np.isin(r.unit, group.units).any()]
+            if own:
+                total[group.units] = _BY_NAME[name](group.units, own)
+            else:
+                total[group.units] /= max(float(total[group.units].sum()), 1e-30)
     total[0] = np.inf
     return total
 
 
 def measure_readers(
     coupling: Coupling,
+    model: Editable,
     batches: Sequence[Mapping[str, Array]],
     *,
     rows: int = 16384,
@@ -93,20 +99,28 @@ def measure_readers(
     threads: int | None = None,
 ) -> list[Reader]:
     """The statistics of every linear operator that contracts prunable channels."""
-    model = Editable(coupling.graph.model)
     sites = [s for i in range(len(model.nodes)) if (s := linear(model, i)) is not None]
     sites = [s for s in sites if s.groups == 1 and _units(coupling, s) is not None]
+    allowed = affordable([rows] * len(sites), [_width(model, s) for s in sites])
     walk, rng = Walk(model, batches, threads=threads), np.random.default_rng(seed)
     found = []
-    for site in sites:
+    for site, count in zip(sites, allowed, strict=True):
         walk.wanted = {site.x, site.output}
         walk.advance(site.node + 1)
         shaped_as = site.x if site.is_cell else site.output
         if not site.is_cell:
             follow(model, site)
         feeds = [{"x": held[site.x], "t": held[shaped_as]} for held in walk.held]
-        found.append(_reader(coupling, model, site, feeds, rows, rng, threads))
+        found.append(_reader(coupling, model, site, feeds, count, rng, threads))
     return [r for r in found if r is not None]
+
+
+def _width(model: Editable, site: Site) -> int:
+    """Over how many inputs a site's moments are taken."""
+    tensor = model.tensor(model.nodes[site.node].input[site.slot])
+    assert tensor is not None
+    width = int(np.prod(tensor.dims)) // site.channels
+    return width if width <= MAX_INPUTS or not site.is_conv else tensor.dims[1]
 
 
 def _units(coupling: Coupling, site: Site) -> Labels | None:

@@ -131,6 +131,15 @@ def outputs(model: onnx.ModelProto, feeds: verify.Feeds) -> list[NDArray[np.floa
     return list(runtime.run(runtime.session(model, threads=1), feeds).values())
 
 
+def replaced(model: onnx.ModelProto, name: str, value: NDArray[Any]) -> onnx.ModelProto:
+    """A copy with another value of an initializer."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    tensor = next(t for t in copy.graph.initializer if t.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
+    return copy
+
+
 def weight(model: onnx.ModelProto, name: str) -> NDArray[np.float32]:
     """The value of an initializer."""
     tensor = next(t for t in model.graph.initializer if t.name == name)

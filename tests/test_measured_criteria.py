@@ -9,17 +9,14 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
-from onnx import numpy_helper
 
-from onnxprune import runtime
 from onnxprune.analysis import analyse
 from onnxprune.calibration.editable import Editable
-from onnxprune.calibration.inputs import from_data, limited, made_up, peak_bytes
-from onnxprune.calibration.synthetic import Style, choose, image_axes, paint, recorded, synthesize
+from onnxprune.calibration.inputs import from_data, limited, peak_bytes
 from onnxprune.calibration.walk import Walk
 from onnxprune.data import open_data
 from onnxprune.passes.criteria import MEASURED, measured
-from tests.graphs import build, mlp, outputs
+from tests.graphs import build, mlp, outputs, replaced
 
 Array = NDArray[Any]
 NET = build(
@@ -33,14 +30,6 @@ NET = build(
 def batches(count: int = 4, size: int = 16, seed: int = 0) -> list[Mapping[str, Array]]:
     rng = np.random.default_rng(seed)
     return [{"x": rng.normal(size=(size, 3, 10, 10)).astype(np.float32)} for _ in range(count)]
-
-
-def replaced(model: onnx.ModelProto, name: str, value: Array) -> onnx.ModelProto:
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    tensor = next(t for t in copy.graph.initializer if t.name == name)
-    tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float32), name))
-    return copy
 
 
 def first_out(model: onnx.ModelProto, criterion: str, tensor: str = "h") -> list[int]:
@@ -136,39 +125,6 @@ def test_a_walk_passes_bodies_and_constants() -> None:
     walk.advance(1)
     walk.advance(2)
     np.testing.assert_allclose(walk.held[0]["y"], [[2, 4, 6, 8]] * 2)
-
-
-def test_the_style_is_found_in_recorded_statistics() -> None:
-    """Statistics measured on images of one style lead back to its offset and scale."""
-    model = build(
-        "(float[N,1,16,16] x) => (float[N,4,14,14] y)",
-        "c = Conv(x, w)  y = BatchNormalization(c, gamma, beta, mean, var)",
-        "w:4,1,3,3 gamma:4 beta:4 mean:4 var:4",
-    )
-    probe = onnx.ModelProto()
-    probe.CopyFrom(model)
-    probe.graph.output.append(onnx.ValueInfoProto(name="c"))
-    style = Style("smooth texture", 0.5, 0.6)
-    base = runtime.random_feeds(model, batch=256)
-    inner = outputs(probe, paint(base, image_axes(model), style, np.random.default_rng(7)))[1]
-    for name, value in (("mean", inner.mean((0, 2, 3))), ("var", inner.var((0, 2, 3)))):
-        model = replaced(model, name, value)
-    found = choose(Editable(model), recorded(Editable(model)), image_axes(model), threads=1)
-    assert found == style
-
-
-def test_what_is_made_up_fits_the_model() -> None:
-    images = made_up(NET, threads=1)
-    assert (images.source, images.is_real, images.is_typical) == (
-        "synthesized images",
-        False,
-        False,
-    )
-    assert images.samples >= 512
-    assert np.ptp([b["x"].mean() for b in images.batches[:4]]) > 0.1
-    assert synthesize(mlp(5, 8, 3), 64) is None
-    assert made_up(mlp(5, 8, 3), threads=1).source == "random inputs"
-    assert made_up(mlp(5, 8, 3), threads=1).batches[0]["x"].shape == (64, 5)
 
 
 def test_calibration_is_shuffled_and_bounded() -> None:

@@ -35,6 +35,11 @@ class Editable:
         self.nodes = [n for n in protos if n.op_type != "Constant"]
         self.constants = {n.output[0]: n for n in protos if n.op_type == "Constant"}
         self.tensors = {t.name: t for t in graph.initializer}
+        self.aliases = {
+            n.output[0]: n.input[0]
+            for n in self.nodes
+            if n.op_type == "Identity" and n.domain in ("", "ai.onnx")
+        }
         self.inputs = [i.name for i in graph.input if i.name not in self.tensors]
         self.outputs = {o.name for o in graph.output}
         self.readers: dict[str, list[int]] = {}
@@ -85,7 +90,9 @@ class Editable:
     # -- weights -----------------------------------------------------------------------------------
 
     def tensor(self, name: str) -> onnx.TensorProto | None:
-        """The proto of a stored tensor, None for anything else."""
+        """The proto of a stored tensor, also behind Identity nodes; None for anything else."""
+        while name in self.aliases:
+            name = self.aliases[name]
         stored: onnx.TensorProto | None = self.tensors.get(name)
         node = self.constants.get(name)
         if node is not None and node.attribute[0].name == "value":
@@ -102,7 +109,8 @@ class Editable:
     def is_own(self, name: str) -> bool:
         """Whether a stored tensor is read once and is neither an input nor an output."""
         inputs = {i.name for i in self.proto.graph.input}
-        return len(self.readers.get(name, ())) == 1 and name not in self.outputs | inputs
+        shared = self.outputs | inputs | self.aliases.keys()
+        return len(self.readers.get(name, ())) == 1 and name not in shared
 
     def can_write(self, index: int, slot: int) -> bool:
         """Whether input `slot` of node `index` is stored in a tensor of its own, or can be."""

@@ -24,6 +24,8 @@ Array = NDArray[Any]
 #: Sums that `measure` knows: A[G, D, D], B[G, D, M], p[G, D], z[G, M], zz[G, M].
 SECOND = ("A", "B", "p", "z", "zz")
 FIRST = ("p", "z", "zz")
+#: Multiply-adds of all sites together.
+OPERATIONS = 1e12
 _OPSET = 17
 
 
@@ -44,6 +46,16 @@ class Moments:
     def mean(self, name: str, group: int) -> Array:
         """A sum over its rows, of one group."""
         return np.asarray(self.sums[name][group] / max(self.count, 1))
+
+
+def affordable(rows: Sequence[int], widths: Sequence[int]) -> list[int]:
+    """Rows for sites with D = `widths` inputs, fewer where their A would cost too much in all.
+
+    At least two for each input, or there is too little to solve from.
+    """
+    cost = sum(float(n) * d * d for n, d in zip(rows, widths, strict=True))
+    share = min(1.0, OPERATIONS / max(cost, 1.0))
+    return [max(int(n * share), min(n, 2 * d)) for n, d in zip(rows, widths, strict=True)]
 
 
 class _Builder:

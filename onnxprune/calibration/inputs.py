@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 #: Samples of the user's data, and of made-up inputs.
-SAMPLES, SYNTHETIC = 1024, 512
+SAMPLES, SYNTHETIC = 1024, 1024
+#: Multiply-adds that made-up inputs may cost, and how often each runs through the model.
+OPERATIONS, RUNS = 1e12, 6
+#: Samples made up however large the model is.
+_FEWEST = 32
 _BATCH = 64
 #: Activations that may be held at a time.
 MEMORY_BYTES = 2_000_000_000
@@ -54,18 +58,25 @@ def from_data(data: Dataset, *, samples: int = SAMPLES, seed: int = 0) -> Calibr
     return Calibration(batches, "data", True, True)
 
 
-def made_up(model: onnx.ModelProto, *, seed: int = 0, threads: int | None = None) -> Calibration:
-    """Images, if possible like those that BatchNormalization remembers, else random inputs."""
+def made_up(
+    model: onnx.ModelProto, *, macs: float = 0.0, seed: int = 0, threads: int | None = None
+) -> Calibration:
+    """Images, as the model knows them as far as it tells, or random inputs where it reads none.
+
+    `macs`: multiply-adds of one sample; the more, the fewer are made.
+    """
     from onnxprune.calibration.synthetic import synthesize
     from onnxprune.feeds import random_feeds
 
-    images = synthesize(model, SYNTHETIC, seed=seed, threads=threads)
+    affordable = OPERATIONS / max(macs, 1.0)
+    samples = int(np.clip(affordable / RUNS, _FEWEST, SYNTHETIC))
+    images = synthesize(model, samples, tries=int(affordable), seed=seed, threads=threads)
     if images is not None:
-        return Calibration(images.batches, "synthesized images", False, images.is_matched)
+        return Calibration(images, "synthesized images", False, True)
     batches: list[Mapping[str, Array]] = []
-    while sum(map(_rows, batches)) < SYNTHETIC and len(batches) < SYNTHETIC:
+    while sum(map(_rows, batches)) < samples and len(batches) < samples:
         number = seed + len(batches)
-        feeds = random_feeds(model, seed=number, batch=_BATCH)
+        feeds = random_feeds(model, seed=number, batch=min(_BATCH, samples))
         batches.append(repetitive(feeds, np.random.default_rng(number)))
     return Calibration(batches, "random inputs", False, False)
 

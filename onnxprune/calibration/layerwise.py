@@ -14,6 +14,7 @@ from onnxprune.calibration.sequential import Inputs, Repair, Repaired
 from onnxprune.calibration.solve import Halves
 from onnxprune.progress import Progress
 from onnxprune.rewriting import Rewriter
+from onnxprune.runtime import one_blas_thread
 
 Array = NDArray[Any]
 
@@ -43,9 +44,13 @@ class LayerwiseRepair:
         rewriter: Rewriter,
         batches: Sequence[Mapping[str, Array]],
         *,
+        original: onnx.ModelProto | None = None,
         progress: Progress | None = None,
     ) -> Repaired:
-        """A repaired copy of `model`, which `rewriter` made from the original."""
+        """A repaired copy of `model`, which `rewriter` made from the original.
+
+        `original`: a form of that with other numbers in it, to learn from in its place.
+        """
         repair = Repair(
             model,
             rewriter,
@@ -58,5 +63,7 @@ class LayerwiseRepair:
             self.seed,
             self.threads,
             self.only,
+            original,
         )
-        return repair.run(progress)
+        with one_blas_thread():
+            return repair.run(progress)

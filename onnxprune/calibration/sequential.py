@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from onnxprune.calibration import weights
 from onnxprune.calibration.editable import Editable
-from onnxprune.calibration.gram import SECOND, measure
+from onnxprune.calibration.gram import SECOND, affordable, measure
 from onnxprune.calibration.sites import Site, affine, find_sites
 from onnxprune.calibration.solve import Halves, Solver
 from onnxprune.calibration.walk import Walk
@@ -59,6 +59,7 @@ class Repair:
         sums: which moments the solver needs.
         may_grow: False adds no bias where none was: the number of weights stays.
         only: the outputs of the sites that are solved; None for all.
+        original: a form of the original to learn from, such as one adapted to made-up inputs.
     """
 
     model: onnx.ModelProto
@@ -72,12 +73,14 @@ class Repair:
     seed: int = 0
     threads: int | None = None
     only: frozenset[str] | None = None
+    original: onnx.ModelProto | None = None
 
     def __post_init__(self) -> None:
         """Index both models."""
         self.student = Editable(self.model, may_grow=self.may_grow)
-        self.teacher = Editable(self.rewriter.coupling.graph.whole())
+        self.teacher = Editable(self.original or self.rewriter.coupling.graph.whole())
         self.rng = np.random.default_rng(self.seed)
+        self.affordable: dict[int, int] = {}
 
     def run(self, progress: Progress | None = None) -> Repaired:
         """Solve every site that can be; what fails is left as it was, with the reason."""
@@ -86,6 +89,7 @@ class Repair:
         listener = progress or Silent()
         listener.stage("repair", len(sites))
         wanted = {s.target for s in sites} | {s.x for s in sites if self._parallel or s.is_cell}
+        self.affordable = self._affordable(sites)
         student = Walk(self.student, self.batches, threads=self.threads)
         teacher = Walk(self.teacher, self.batches, wanted, self.threads)
         for done, site in enumerate(sites):
@@ -103,6 +107,15 @@ class Repair:
             listener.step(done + 1)
         result.model = self.student.model()
         return result
+
+    def _affordable(self, sites: Sequence[Site]) -> dict[int, int]:
+        """How many rows each site may see, by its node."""
+        widths = [weights.matrices(self.student, s).shape[2] for s in sites]
+        rows = [max(self.rows, min(_ROWS_PER_INPUT * d, _MOST_ROWS)) for d in widths]
+        fitting = affordable(rows, [d if d <= MAX_INPUTS else 0 for d in widths])
+        if "A" not in self.sums:
+            fitting = rows
+        return {s.node: n for s, n in zip(sites, fitting, strict=True)}
 
     @property
     def _parallel(self) -> bool:
@@ -123,7 +136,7 @@ class Repair:
             raise _Unsolvable("its bias varies over positions")
         if start.shape[2] > MAX_INPUTS and "A" in self.sums:
             raise _Unsolvable(f"{start.shape[2]} inputs are more than {MAX_INPUTS}")
-        halves = self._moments(site, start.shape[2], student, teacher)
+        halves = self._moments(site, student, teacher)
         scale = site.scale().reshape((*start.shape[:2], 1))
         shiftable = weights.can_shift(self.student, site)
         parts = [self.solver(halves, g, start[g] * scale[g], shiftable) for g in range(site.groups)]
@@ -137,7 +150,7 @@ class Repair:
             weights.shift(self.student, site, bias - old)
         self._record(site, halves, solved)
 
-    def _moments(self, site: Site, width: int, student: Walk, teacher: Walk) -> Halves:
+    def _moments(self, site: Site, student: Walk, teacher: Walk) -> Halves:
         node = self.student.nodes[site.node]
         weight = self.student.weight(node.input[site.slot])
         assert weight is not None
@@ -158,7 +171,7 @@ class Repair:
             weight.shape,
             cuts,
             feeds,
-            rows=max(self.rows, min(_ROWS_PER_INPUT * width, _MOST_ROWS)),
+            rows=self.affordable[site.node],
             rng=self.rng,
             names=self.sums,
             threads=self.threads,

@@ -1,15 +1,13 @@
-"""Inputs made up for models that come without data.
+"""Images made up for models that come without data.
 
-Images are random smooth textures, or smooth shapes on an empty ground. Which of them, how bright
-and how strong, is chosen by what the model itself remembers of its training data: the means and
-variances that its BatchNormalization recorded (the idea of Cai et al., ZeroQ, 2020, without its
-gradients). Inputs that are no images are random numbers.
+Each is in a random style of its own. Which of them are used is chosen by what the model remembers
+of its training data: the means and variances that its BatchNormalization recorded (the aim of Cai
+et al., ZeroQ, 2020, by choice in place of gradients), or else by the classes that it sees in them.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +17,15 @@ from numpy.typing import NDArray
 
 from onnxprune import runtime
 from onnxprune.calibration.editable import Editable
+from onnxprune.calibration.varied import batched, chosen_by_class, draw, rows_of
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]
-OFFSETS = (-0.5, 0.0, 0.25, 0.5, 1.0)
-SCALES = (0.1, 0.2, 0.35, 0.6, 1.0, 1.5)
-#: How many BatchNormalizations the choice looks at, and on how many samples.
-NORMS, SAMPLES = 6, 32
-#: Pixels of all samples together, of which there are at least two.
-PIXELS = 200_000
+#: How many BatchNormalizations the choice looks at.
+NORMS = 6
+#: Images drawn for each that is chosen, and their size in all.
+DRAWN, POOL_BYTES = 4, 400_000_000
+BATCH = 64
 _SMALLEST_IMAGE = 8
 
 
@@ -40,49 +38,38 @@ class Recorded:
     var: Array
 
 
-@dataclass(frozen=True)
-class Style:
-    """How images are made: a kind, then value * scale + offset."""
-
-    kind: str
-    offset: float
-    scale: float
-
-
-#: Images for models that remember nothing: of several kinds, offsets and scales.
-MIXED = (
-    Style("shapes", 0.25, 0.35),
-    Style("smooth texture", 0.0, 1.0),
-    Style("shapes", 0.0, 1.0),
-    Style("texture", 0.25, 0.35),
-)
-
-
-@dataclass(frozen=True)
-class Synthetic:
-    """Made-up feeds by batch; `is_matched`: chosen by recorded statistics."""
-
-    batches: Sequence[Feeds]
-    is_matched: bool
-
-
 def synthesize(
-    model: onnx.ModelProto, samples: int, *, seed: int = 0, threads: int | None = None
-) -> Synthetic | None:
-    """Batches that together hold about `samples`; None where no input is an image."""
+    model: onnx.ModelProto,
+    samples: int,
+    *,
+    tries: int = 0,
+    seed: int = 0,
+    threads: int | None = None,
+) -> list[Feeds] | None:
+    """Batches that together hold about `samples`; None where no input is an image.
+
+    `tries`: on how many images the model may be run to find good ones.
+    """
     editable = Editable(model)
     norms, axes = recorded(editable)[:NORMS], image_axes(model)
     if not axes:
         return None
-    styles: Sequence[Style] = MIXED
-    if norms:
-        styles = [choose(editable, norms, axes, seed=seed, threads=threads)]
-    maker = np.random.default_rng(seed)
-    batches: list[Feeds] = []
-    while sum(_rows(b, axes) for b in batches) < samples:
-        base = runtime.random_feeds(model, seed=seed + len(batches), batch=64)
-        batches.append(paint(base, axes, styles[len(batches) % len(styles)], maker))
-    return Synthetic(batches, bool(norms))
+    rng = np.random.default_rng(seed)
+    one = draw(model, axes, 1, seed, rng, batch=min(BATCH, samples))
+    rows = rows_of(one, axes)
+    each = sum(one[name].nbytes for name in axes) // rows
+    tries = min(tries, max(samples, POOL_BYTES // each))
+    if not norms:
+        pool = chosen_by_class(model, axes, samples, tries, rows, rng, seed=seed, threads=threads)
+        return batched(pool, axes, rows, rng)
+    size = -(-samples // rows) * rows
+    pool = draw(model, axes, max(size, min(DRAWN * size, tries)), seed, rng, batch=rows)
+    found = deviations(editable, norms, batched(pool, axes, rows), threads=threads)
+    if found is not None and len(found) > size:
+        with runtime.one_blas_thread():
+            best = herded(found, size)
+        pool = {n: a[best] for n, a in pool.items()}
+    return batched(pool, axes, rows, rng)
 
 
 def image_axes(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
@@ -107,95 +94,51 @@ def recorded(model: Editable) -> list[Recorded]:
     return found
 
 
-def choose(
+def deviations(
     model: Editable,
     norms: Sequence[Recorded],
-    axes: Mapping[str, tuple[int, int]],
+    batches: Sequence[Feeds],
     *,
-    seed: int = 0,
     threads: int | None = None,
-) -> Style:
-    """The style whose statistics are nearest to the recorded ones."""
-    base = runtime.random_feeds(model.proto, seed=seed, batch=1)
-    pixels = max(base[name].size for name in axes)
-    samples = int(np.clip(PIXELS // pixels, 2, SAMPLES))
-    base = runtime.random_feeds(model.proto, seed=seed, batch=samples)
-    last = max(model.maker[n.name] for n in norms if n.name in model.maker)
-    names = [n.name for n in norms]
-    part = model.part(model.nodes[: last + 1], [base], names)
-    session = runtime.session(part, threads=threads)
-    best: tuple[float, Style] | None = None
-    for kind in KINDS:
-        plain = paint(base, axes, Style(kind, 0, 1), np.random.default_rng(seed))
-        for offset, scale in itertools.product(OFFSETS, SCALES):
-            feeds = plain | {n: (offset + scale * plain[n]).astype(base[n].dtype) for n in axes}
-            distance = divergence(runtime.run(session, feeds, names), norms)
-            if best is None or distance < best[0]:
-                best = (distance, Style(kind, offset, scale))
-    assert best is not None
-    return best[1]
+) -> Array | None:
+    """[N, F]: by how much each sample's means and mean squares miss the recorded ones.
+
+    None where samples do not stay apart.
+    """
+    last = max(model.maker.get(n.name, -1) for n in norms)
+    names = [n.name for n in norms if n.name in model.maker]
+    if not names:
+        return None
+    session = runtime.session(model.part(model.nodes[: last + 1], batches, names), threads=threads)
+    found = []
+    for feeds in batches:
+        tensors = runtime.run(session, feeds)
+        rows = max(len(a) for a in feeds.values() if a.ndim)
+        parts = [_deviation(tensors[n.name], n) for n in norms if n.name in names]
+        if any(len(p) != rows for p in parts):
+            return None
+        found.append(np.concatenate(parts, axis=1))
+    return np.concatenate(found)
 
 
-def divergence(tensors: Mapping[str, Array], norms: Sequence[Recorded]) -> float:
-    """Mean Kullback-Leibler divergence of normal distributions, measured from recorded."""
-    total = 0.0
-    for norm in norms:
-        value = tensors[norm.name].astype(np.float64)
-        axes = tuple(a for a in range(value.ndim) if a != 1)
-        wide = np.maximum(norm.var, 1e-12)
-        mean, var = value.mean(axes), value.var(axes) + 1e-6 * wide
-        parts = np.log(wide / var) + (var + (mean - norm.mean) ** 2) / wide - 1
-        total += 0.5 * float(parts.mean())
-    return total / len(norms)
+def _deviation(tensor: Array, norm: Recorded) -> Array:
+    """Of one layer, [N, 2 C]; every layer counts alike."""
+    value = tensor.astype(np.float64)
+    axes = tuple(range(2, value.ndim))
+    var = np.maximum(norm.var, 1e-6 * float(norm.var.max()) + 1e-12)
+    square = norm.mean**2 + var
+    first = (value.mean(axes) - norm.mean) / np.sqrt(var)
+    second = ((value**2).mean(axes) - square) / square
+    return np.asarray(np.concatenate([first, second], axis=1) / np.sqrt(norm.mean.size))
 
 
-def paint(
-    base: Mapping[str, Array],
-    axes: Mapping[str, tuple[int, int]],
-    style: Style,
-    rng: np.random.Generator,
-) -> Feeds:
-    """The feeds of `base` with images in this style."""
-    feeds = dict(base)
-    for name, where in axes.items():
-        shape = base[name].shape
-        planes = tuple(shape[a] for a in range(4) if a not in where)
-        image = KINDS[style.kind](rng, (*planes, shape[where[0]], shape[where[1]]))
-        image = np.moveaxis(image, (-2, -1), where)
-        feeds[name] = (style.offset + style.scale * image).astype(base[name].dtype)
-    return feeds
-
-
-def texture(rng: np.random.Generator, shape: tuple[int, ...], power: float) -> Array:
-    """Noise with spectrum 1 / f^power over the last two axes, mean 0 and variance 1 a sample."""
-    height, width = shape[-2:]
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
-    frequency[0, 0] = np.inf
-    spectrum = np.fft.fft2(rng.normal(size=shape)) * frequency**-power
-    image = np.fft.ifft2(spectrum).real
-    axes = tuple(range(1, image.ndim))
-    return np.asarray(image / np.maximum(image.std(axis=axes, keepdims=True), 1e-12))
-
-
-def shapes(rng: np.random.Generator, shape: tuple[int, ...]) -> Array:
-    """Smooth shapes near the centre, lightly textured, on an empty ground; mean 0, variance 1."""
-    across, height, width = shape[0], shape[-2], shape[-1]
-    rows, columns = (np.linspace(-1.5, 1.5, n) for n in (height, width))
-    centre = 3 * np.exp(-(rows**2)[:, None] - (columns**2)[None]) - 1.5
-    outline = texture(rng, (across, 1, height, width), 2.5)
-    sizes = (across,) + (1,) * (len(shape) - 1)
-    level, strength = rng.uniform(0.2, 1, sizes), rng.uniform(0.05, 0.3, sizes)
-    body = np.clip(level + strength * texture(rng, shape, 1.5), 0, 1.2)
-    image = np.where(0.7 * outline + centre > 0, body, 0)
-    return np.asarray((image - image.mean()) / max(float(image.std()), 1e-12))
-
-
-KINDS: Mapping[str, Callable[[np.random.Generator, tuple[int, ...]], Array]] = {
-    "texture": lambda rng, shape: texture(rng, shape, 1.0),
-    "smooth texture": lambda rng, shape: texture(rng, shape, 2.0),
-    "shapes": shapes,
-}
-
-
-def _rows(feeds: Mapping[str, Array], axes: Mapping[str, Any]) -> int:
-    return int(feeds[next(iter(axes))].shape[0])
+def herded(found: Array, count: int) -> NDArray[np.int64]:
+    """`count` rows of [N, F] whose sum stays near zero (Welling, Herding, 2009)."""
+    found = found.astype(np.float32)
+    total, size = np.zeros(found.shape[1], np.float32), (found**2).sum(axis=1)
+    picked = np.empty(count, np.int64)
+    for place in range(count):
+        picked[place] = int(np.argmin(2 * found @ total + size))
+        total += found[picked[place]]
+        size[picked[place]] = np.inf
+    return picked
