@@ -29,8 +29,9 @@ class FinetuneOptions:
         (Hinton et al., 2015).
     Outputs that are no class scores are compared by their mean squared error. The rate warms up
     over a share of the steps and falls by a half cosine. With validation data the weights of the
-    best epoch are kept, and `patience` epochs without a better one end the training. Everything
-    follows from `seed` and `threads`.
+    best epoch are kept (those before the first only if they are better by a standard error), and
+    `patience` epochs without a better one end the training. Everything follows from `seed` and
+    `threads`.
 
     Attributes:
         lr: peak learning rate; None: for adamw by the size of the weights, see

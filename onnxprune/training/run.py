@@ -333,14 +333,26 @@ class Run:
     def _finish_epoch(self, epoch: int, loss: float | None, rate: float, start: float) -> None:
         """Measure, and keep the weights if they are the best so far.
 
-        Without validation data the last ones are the best.
+        Without validation data the last ones are the best. Those that the model came with are the
+        best only if they are by more than a standard error.
         """
         values = self.trainer.values()
         metrics = self._measure(values)
         score = _score(metrics, epoch)
+        if epoch == 0 and self.val is not None:
+            score -= self._noise(metrics)
         if score > self.best_score:
             self.best_score, self.best_epoch, self.best = score, epoch, values
         self.history.append(Epoch(epoch, loss, rate, time.perf_counter() - start, metrics))
+
+    def _noise(self, metrics: Mapping[str, float]) -> float:
+        """The standard error of a share that was measured on the validation data."""
+        share = metrics.get("accuracy", metrics.get("agreement"))
+        if share is None or self.val is None:
+            return 0.0
+        count = sum(_rows(batch) for batch in self.val.batches(self.options.batch_size))
+        share = (share * count + 1) / (count + 2)  # never sure: 0 of 10 is not 0
+        return math.sqrt(share * (1 - share) / count)
 
     def _measure(self, values: Mapping[str, Array]) -> dict[str, float]:
         if self.val is None:

@@ -13,7 +13,7 @@ import pytest
 import onnxprune
 from onnxprune.errors import InvalidRecipeError
 from onnxprune.passes.finetune import Epoch, Finetune, FinetuneResult, ParameterGroup
-from tests.passes.test_finetune import QUICK, STUDENT, TRAIN, Recorder, weights
+from tests.passes.test_finetune import HELD_OUT, QUICK, STUDENT, TRAIN, Recorder, weights
 
 MODELS = Path(__file__).resolve().parent.parent.parent / "models"
 
@@ -54,3 +54,11 @@ def test_notes_and_time_reach_the_report(monkeypatch: pytest.MonkeyPatch) -> Non
     report = onnxprune.prune(model, macs=0.5, data=data, finetune=2, threads=1).report
     assert "fine-tuning: the loss is too rough" in report.notes
     assert report.rebuild[-1]["seconds_per_epoch"] == 3.0
+
+
+@pytest.mark.parametrize(("lr", "kept"), [(1e-9, 1), (50.0, 0)])
+def test_the_weights_before_are_kept_only_if_they_are_clearly_better(lr: float, kept: int) -> None:
+    """Training that changes nothing counts as trained; training that ruins the model does not."""
+    start = dataclasses.replace(QUICK, epochs=8)(STUDENT, data=TRAIN).model
+    result = dataclasses.replace(QUICK, epochs=1, lr=lr)(start, data=TRAIN, val=HELD_OUT)
+    assert result.best_epoch == kept
