@@ -43,6 +43,12 @@ def _unique(node: Node, x: Sequence[int]) -> Outputs:
     return [(_along(node, x), 0), *((dims, TensorProto.INT64) for dims in (counts, places, counts))]
 
 
+def most(node: Node, x: Sequence[int]) -> int:
+    """No count is larger: as many as there are elements, or indices along the axis."""
+    axis = node.attr("axis")
+    return math.prod(x) if axis is None else x[axis]
+
+
 #: (node, shape of the first input) -> its outputs.
 COUNTED: dict[str, Callable[[Node, Sequence[int]], Outputs]] = {
     "NonZero": _nonzero,

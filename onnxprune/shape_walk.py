@@ -12,7 +12,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 import onnxprune.vendor_fused  # noqa: F401  registers its shape rules
-from onnxprune.counted_shapes import COUNTED
+from onnxprune.counted_shapes import COUNTED, most
 from onnxprune.elementwise_shapes import BROADCAST, SAME, broadcast
 from onnxprune.folding import FOLD_LIMIT, FOLDS, Array
 from onnxprune.graph import Graph, Node
@@ -265,9 +265,10 @@ class Walk:
         source = self.dims.get(node.inputs[0]) if count else None
         if count is None or source is None or not self.counting:
             return
+        length = min(self.unknown, most(node, source))
         for name, (dims, kind) in zip(node.outputs, count(node, source), strict=False):
             if name and name not in self.dims:
-                self.dims[name] = tuple(self.unknown if n is None else n for n in dims)
+                self.dims[name] = tuple(length if n is None else n for n in dims)
                 self.types[name] = kind or self.types.get(node.inputs[0], onnx.TensorProto.FLOAT)
 
     def _infer(self, node: Node) -> None:

@@ -30,7 +30,7 @@ from onnxprune.skeleton import Skeleton
 
 #: With one Shape node among so many nodes or fewer, shapes are taken to be computed in the graph.
 NODES_PER_SHAPE = 40
-#: Lengths put in for what data decide, at either assignment.
+#: Lengths put in for what data decide, at either assignment, where there are as many elements.
 MADE_UP = (1000, 1)
 #: Numbers tried for (first, other) dimensions of the inputs; they differ in every free dimension.
 SIZES = (((2, 64), (3, 96)), ((2, 16), (3, 32)), ((1, 224), (2, 256)))

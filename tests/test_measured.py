@@ -111,7 +111,7 @@ def test_a_head_on_pooled_regions_is_pruned() -> None:
         opset=16,
     )
     found = infer(Graph.of(model))
-    assert found.dims("p") == (1000, 8, 2, 2)
+    assert found.dims("p") == (5, 8, 2, 2)
     assert [found.is_fixed("p", axis) for axis in range(4)] == [False, True, True, True]
     result = prune_half(model)
     assert (shapes(result.model)["w1"][0], shapes(result.model)["w2"]) == (4, (16, 8))
@@ -140,7 +140,7 @@ def test_lengths_of_unique_and_compressed_elements_are_counts() -> None:
     )
     found = infer(Graph.of(model))
     assert [found.dims(n) for n in "yabdze"] == [
-        (1000,), (1000,), (24,), (1000,), (1000, 6), (4, 1000)
+        (24,), (24,), (24,), (24,), (4, 6), (4, 6)
     ]  # fmt: skip
     assert [found.is_fixed("z", axis) for axis in range(2)] == [False, True]
 
