@@ -32,6 +32,8 @@ MORE = [
     ("batched-weights", 18, "float[N,2,3,4] x, float[1,2,4,5] w", "y = MatMul(x, w)"),
     ("one-matrix-for-all", 18, "float[N,3] x, float[2,3,4] w, float[3,3] w1",
      "h = MatMul(x, w1) y = MatMul(h, w)"),
+    ("batches-of-two-names", 18, "float[N,2,3] x, float[M,2,3] z, float[3,4] w",
+     "h = MatMul(x, w) k = MatMul(z, w) t = Transpose<perm=[0,2,1]>(k) y = MatMul(h, t)"),
     ("used-twice", 18, "float[N,4] x, float[4,4] w", "h = MatMul(x, w) i = MatMul(h, w)"
      " y = Mul(i, h)"),
 ]  # fmt: skip

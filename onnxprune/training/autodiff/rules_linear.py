@@ -101,7 +101,7 @@ def _sum_batch(t: Tape, grad: str, node: onnx.NodeProto, index: int, ranks: tupl
         if size == 1 and full != 1 and len(other or ()) >= len(own or ()) - axis:
             axes.append(lead + axis)
         elif not isinstance(size, int) and size != full:
-            raise ValueError(f"MatMul ({node.name}): cannot tell which batch axes are repeated")
+            return t.sum_to(grad, node.input[index])
     if not axes:
         return grad
     summed = t.op("ReduceSum", grad, np.array(axes), keepdims=1)

@@ -135,7 +135,7 @@ class Tape:
         tensor, output = node.input[index], node.output[0]
         inner, outer = self.shape(tensor), self.shape(output)
         if inner is None or outer is None:
-            return self._sum_at_run_time(grad, tensor, output)
+            return self.sum_to(grad, tensor)
         extra = len(outer) - len(inner)
         axes = list(range(extra))
         for axis, size in enumerate(inner):
@@ -143,14 +143,17 @@ class Tape:
             if size == 1 and full != 1:
                 axes.append(extra + axis)
             elif not isinstance(size, int) and (size is None or size != full):
-                return self._sum_at_run_time(grad, tensor, output)
+                return self.sum_to(grad, tensor)
         if not axes:
             return grad
         summed = self.op("ReduceSum", grad, np.array(axes), keepdims=1 if not extra else 0)
         return summed if not extra else self.op("Reshape", summed, self.shape_of(tensor))
 
-    def _sum_at_run_time(self, grad: str, tensor: str, output: str) -> str:
-        """The axes follow from the sizes at run time: leading ones, and those of length 1."""
+    def sum_to(self, grad: str, tensor: str) -> str:
+        """Sum a gradient to the shape of a forward tensor.
+
+        The axes follow from the sizes at run time: leading ones, and those of length 1.
+        """
         full = self.op("Shape", grad)
         own = self.op("Shape", tensor)
         missing = self.op("Sub", self.op("Size", full), self.op("Size", own))
