@@ -78,7 +78,7 @@ def test_a_run_that_was_interrupted_goes_on(
         measured.append((network.name, budget, tool))
         if len(measured) == 3:
             raise KeyboardInterrupt
-        yield Row(tool, network.name, budget, budget, "pruned" if tool else "original", 0.9, 0.0)
+        yield Row(tool, network.name, budget, budget, STAGES[-1] if tool else "original", 0.9, 0.0)
 
     monkeypatch.setattr(command.Network, "measure", measure)
     options = [f"--data={pictures}", "--models=mlp", "--tools=onnxprune", "--results=results"]
@@ -121,7 +121,7 @@ def rows(*tools: str) -> list[Row]:
 
 
 def test_the_picture_has_a_bar_for_each_stage() -> None:
-    assert picture(rows("onnxprune", "torch-pruning")).count("<rect") == 4
+    assert picture(rows("onnxprune", "torch-pruning")).count("<rect x=") == 4
 
 
 def test_the_table_has_a_line_for_each_network() -> None:

@@ -41,8 +41,8 @@ class Results:
 
     @property
     def units(self) -> set[Unit]:
-        """What has been measured."""
-        return {unit(row) for row in self.rows}
+        """What has been measured to its end."""
+        return {unit(row) for row in self.rows if row.stage in ("original", STAGES[-1])}
 
     def drop(self, units: Iterable[Unit]) -> None:
         """Forget rows that are going to be measured anew."""

@@ -88,13 +88,14 @@ def picture(rows: Sequence[Row]) -> str:
         parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{y + 3}" stroke="#444"/>')
         y += BAR // 2
     legend = "".join(
-        _text(270 + 150 * i, 18, tool, colour=colour)
+        _text(320 + 120 * i, 18, tool, colour=colour)
         for i, (tool, colour) in enumerate(COLOURS.items())
     )
     title = _text(10, 18, "held-out accuracy (line: the original)", bold=True)
     size = f'width="{WIDTH}" height="{y + HEAD}"'
     style = 'font-family="sans-serif" font-size="12"'
-    body = "\n".join([title, legend, *parts])
+    paper = '<rect width="100%" height="100%" fill="#fff"/>'
+    body = "\n".join([paper, title, legend, *parts])
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n{body}\n</svg>\n'
 
 
