@@ -135,6 +135,12 @@ def test_a_page_without_marks_is_refused() -> None:
         insert("no table here", rows("onnxprune"))
 
 
+def test_the_readme_has_the_measured_table(root: Path) -> None:
+    page = (root / "README.md").read_text(encoding="utf-8")
+    measured = Results.load(root / "benchmarks/results").rows
+    assert insert(page, measured) == page
+
+
 def catalog(messages: dict[str, str]) -> bytes:
     """A compiled message catalog (.mo)."""
     pairs = sorted([("", "Content-Type: text/plain; charset=UTF-8\n"), *messages.items()])
