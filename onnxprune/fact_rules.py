@@ -348,7 +348,8 @@ def softmax(node: Node, facts: Facts) -> Fact:
 # -- reductions, pools, recurrent cells ------------------------------------------------------------
 
 
-def _axes(node: Node, facts: Facts) -> list[int] | None:
+def reduced_axes(node: Node, facts: Facts) -> list[int] | None:
+    """The axes that a reduction takes together; None where they are not known."""
     rank = len(facts.dims(node, 0))
     axes = node.attr("axes")
     if node.input(1):
@@ -368,14 +369,14 @@ def _dropped(node: Node, fact: Fact, axes: Sequence[int]) -> Fact:
 @fact_rule("ReduceMean", "ReduceMax", "ReduceMin")
 def reduce_inside(node: Node, facts: Facts) -> Fact | None:
     """The result lies between the smallest and the largest"""
-    axes = _axes(node, facts)
+    axes = reduced_axes(node, facts)
     return None if axes is None else _dropped(node, facts.input(node, 0).over(axes), axes)
 
 
 @fact_rule("ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare")
 def reduce_sum(node: Node, facts: Facts) -> Fact | None:
     """Sums of zeros are zero; sums of what has a sign have it"""
-    axes = _axes(node, facts)
+    axes = reduced_axes(node, facts)
     if axes is None:
         return None
     x = facts.input(node, 0).over(axes)

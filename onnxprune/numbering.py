@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxprune.facts import Facts
+from onnxprune.fact_rules import reduced_axes
+from onnxprune.facts import Facts, exactly
 from onnxprune.graph import Node
 from onnxprune.labels import runs
 from onnxprune.ops.elementwise import UNARY
+from onnxprune.ops.indexing import slice_bounds
 
 Array = NDArray[Any]
 #: Filters are multiples of each other if no element differs by more than this, at unit length.
@@ -193,15 +195,76 @@ def linear(node: Node, n: Numbering) -> Numbers | None:
     return Numbers(x.axis, n.fresh(keys), x.factor)
 
 
-@_rule(*(set(UNARY) - {"Relu", "LeakyRelu"}))
+@_rule("Pow", *(set(UNARY) - {"Relu", "LeakyRelu"}))
 def pointwise(node: Node, n: Numbering) -> Numbers | None:
     """Equal inputs give equal outputs"""
     x = n.input(node, 0)
-    constant = all(name in n.facts.graph.constants for name in node.inputs[1:] if name)
-    if x is None or not constant:
+    others = [n.facts.graph.constants.get(name) for name in node.inputs[1:] if name]
+    alike = all(c is not None and c.size == 1 for c in others)
+    if x is None or not alike or n.facts.dims(node, 0) != n.facts.out_dims(node):
         return None
+    return _equals(node, n, x)
+
+
+def _equals(node: Node, n: Numbering, x: Numbers) -> Numbers:
+    """Equal channels stay equal; multiples do not stay multiples."""
     keys = list(zip([node.index] * x.number.size, x.number, _digits(x.factor), strict=True))
     return Numbers(x.axis, n.fresh(keys), np.ones(x.number.size))
+
+
+@_rule("Pad")
+def pad(node: Node, n: Numbering) -> Numbers | None:
+    """Around the other axes; zeros keep multiples, another value only what is equal"""
+    x, facts = n.input(node, 0), n.facts
+    pads = node.attr("pads") if not node.input(1) else facts.value(node, 1)
+    if x is None or pads is None or node.input(3) or pads[x.axis]:
+        return None
+    if pads[x.axis + len(facts.dims(node, 0))]:
+        return None
+    value = facts.input(node, 2) if node.input(2) else exactly(np.array(node.attr("value", 0.0)))
+    zeros = value.constant.all() and not value.nonzero.any()
+    if zeros or node.attr("mode", b"constant") != b"constant":
+        return Numbers(x.axis, n.fresh([(node.index, v) for v in x.number]), x.factor)
+    return _equals(node, n, x)
+
+
+@_rule("Slice")
+def slice_(node: Node, n: Numbering) -> Numbers | None:
+    """Some of the channels, or some of the places"""
+    x, rank = n.input(node, 0), len(n.facts.dims(node, 0))
+    bounds = slice_bounds(node, [n.facts.value(node, s) for s in range(1, 5)], rank)
+    if x is None or bounds is None:
+        return None
+    cut = bounds.get(x.axis, slice(None))
+    keys = [(node.index, v) for v in x.number[cut]]
+    return Numbers(x.axis, n.fresh(keys), x.factor[cut])
+
+
+@_rule("Resize", "Upsample")
+def resize(node: Node, n: Numbering) -> Numbers | None:
+    """Interpolation along the other axes is linear"""
+    x, facts = n.input(node, 0), n.facts
+    slot = 2 if node.op_type == "Resize" and facts.graph.opset > 10 else 1
+    crops = node.attr("coordinate_transformation_mode", b"") == b"tf_crop_and_resize"
+    if x is None or crops or node.attr("axes") or node.attr("scales"):
+        return None
+    scales = facts.graph.constants.get(node.input(slot)) if node.input(slot) else None
+    if scales is not None and scales.size:
+        if scales.array().ravel()[x.axis] != 1:
+            return None
+    elif not node.input(3) or facts.dims(node, 0)[x.axis] != facts.out_dims(node)[x.axis]:
+        return None
+    return Numbers(x.axis, n.fresh([(node.index, v) for v in x.number]), x.factor)
+
+
+@_rule("ReduceMean", "ReduceSum")
+def reduce(node: Node, n: Numbering) -> Numbers | None:
+    """Sums over the other axes"""
+    x, axes = n.input(node, 0), reduced_axes(node, n.facts)
+    if x is None or axes is None or x.axis in axes:
+        return None
+    before = 0 if node.attr("keepdims", 1) else sum(a < x.axis for a in axes)
+    return Numbers(x.axis - before, n.fresh([(node.index, v) for v in x.number]), x.factor)
 
 
 @_rule("Add", "Sub", "Mul", "Div")

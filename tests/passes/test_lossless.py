@@ -235,6 +235,31 @@ ROWS = [
         "w1:7,3,3,3 wg:7,1,3,3 w2:4,7,1,1",
     ),
     Row(
+        "multiples through padding, a slice and interpolation",
+        "(float[2,3,8,8] x) => (float[2,4,?,?] y)",
+        "a = Conv(x, w1) h = Relu(a) p = Pad(h, pads) c = Slice(p, st, en, ax) "
+        "r = Resize(c, , , sizes) y = Conv(r, w2)",
+        "w1:8,3,3,3 w2:4,8,1,1 pads=0,0,1,1,0,0,1,1 st=1 en=6 ax=2 sizes=2,8,10,20",
+        "w1[1]=array[0]*3 w1[2]=array[0]*-2",
+        "w1:7,3,3,3 w2:4,7,1,1",
+    ),
+    Row(
+        "repeated channels through padding with a value",
+        "(float[N,3,8,8] x) => (float[N,4,?,?] y)",
+        "a = Conv(x, w1) h = Relu(a) p = Pad(h, pads, half) y = Conv(p, w2)",
+        "w1:8,3,3,3 w2:4,8,1,1 pads=0,0,1,1,0,0,1,1 half:",
+        "w1[1]=array[0] w1[2]=array[0]*2",
+        "w1:7,3,3,3 w2:4,7,1,1",
+    ),
+    Row(
+        "repeated channels through a power and a mean",
+        "(float[N,3,8,8] x) => (float[N,4] y)",
+        "a = Conv(x, w1) h = Pow(a, three) m = ReduceMean<keepdims=0>(h, ax) y = Gemm(m, w2)",
+        "w1:8,3,3,3 w2:8,4 three: ax=2,3",
+        "w1[1]=array[0] w1[2]=array[0]*2 three[...]=3",
+        "w1:7,3,3,3 w2:7,4",
+    ),
+    Row(
         "what reaches no output",
         FLAT,
         "y = MatMul(x, w1) u = MatMul(x, w2) v = Relu(u)",

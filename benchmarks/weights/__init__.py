@@ -1,0 +1,1 @@
+"""Single weights: accuracy after `prune-weights` and after onnxsim's SparseGPT, side by side."""
