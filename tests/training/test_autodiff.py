@@ -148,3 +148,15 @@ def test_batch_statistics_have_a_gradient(worker: Worker) -> None:
     _, other = WorkerTrainer(worker, graph, optimizer={"name": "sgd"}).grads(batch)
     for key, value in other.items():
         np.testing.assert_allclose(own[key], value, atol=1e-4, rtol=1e-3)
+
+
+def test_what_was_asked_for_stays_when_training_goes_on() -> None:
+    model = build(17, "float[N,5] x, float[5,3] w", "y = MatMul(x, w)")
+    graph, batch, _ = prepared(model, feeds_for(model))
+    trainer = local(graph)
+    before, gradient = trainer.values()["w"], trainer.grads(batch)[1]["w"]
+    kept = before.copy(), gradient.copy()
+    trainer.step({n: 2 * a for n, a in batch.items()}, 0.1)
+    np.testing.assert_array_equal(before, kept[0])
+    np.testing.assert_array_equal(gradient, kept[1])
+    assert not np.array_equal(trainer.values()["w"], before)

@@ -42,7 +42,9 @@ class LocalWorker:
             if op == "differentiate":
                 self._answers.append(({}, {"gradient": _gradient(given["model"], head["trained"])}))
             else:
-                self._answers.append(self._server.answer({"op": op, **head}, given))
+                reply, answer = self._server.answer({"op": op, **head}, given)
+                # the next step changes what it lives in
+                self._answers.append((reply, {n: a.copy() for n, a in answer.items()}))
         except Exception as error:  # the runtime's own errors have no common type
             raise TrainingError(
                 f"the training graph failed: {type(error).__name__}: {error}"
