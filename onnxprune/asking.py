@@ -47,8 +47,10 @@ def check_promise(max_drop: float | None, data: Any) -> None:
         raise InvalidRecipeError("--max-drop needs data to measure with: add --val SRC")
 
 
-def check_ranges(min_keep: float, round_to: int, scope: str) -> None:
-    """What limits the choice of channels."""
+def check_ranges(min_keep: float, round_to: int, scope: str, seed: int = 0) -> None:
+    """What limits the choice of channels, and what it is drawn with."""
+    if seed < 0:
+        raise InvalidRecipeError(f"--seed {seed} is out of range: it must not be negative")
     if not 0 <= min_keep <= 1:
         raise InvalidRecipeError(
             f"--min-keep {min_keep:g} is out of range: a share must be in [0, 1]"

@@ -212,7 +212,7 @@ Layers = Annotated[bool, typer.Option("--layers", help="Show every layer.", rich
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Show no progress.", rich_help_panel=OUTPUT)
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything that is random.")]
 Threads = Annotated[int | None, typer.Option(help="Threads to compute with.", min=1)]
 Why = Annotated[
     bool, typer.Option("--why", help="List every frozen axis, what froze it, and what that costs.")

@@ -271,7 +271,7 @@ def finetune(
         typer.Option(metavar="NAME=VALUE", help="An option, as in lr=0.001; repeatable."),
     ] = None,
     val: Val = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is random.")] = 0,
     threads: Threads = None,
     quiet: Quiet = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
@@ -308,7 +308,7 @@ def check(
     candidate: Candidate,
     data: Annotated[str | None, typer.Option(metavar="SRC", help="Data to measure with.")] = None,
     tolerance: Tolerance = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is random.")] = 0,
     threads: Threads = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> int:

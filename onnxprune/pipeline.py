@@ -142,7 +142,7 @@ def prune(
     from onnxprune.passes.select import Limits
 
     check_promise(max_drop, data if val is None else val)
-    check_ranges(min_keep, round_to, scope)
+    check_ranges(min_keep, round_to, scope, seed)
     check_repair(repair, data)
     given = {"channels": channels, "macs": macs, "params": params, "size-mb": size_mb}
     options = Options(

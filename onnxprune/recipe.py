@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 
 from onnxprune import io
-from onnxprune.errors import InvalidRecipeError, VerificationError
+from onnxprune.errors import InvalidRecipeError, OnnxPruneError, VerificationError
 from onnxprune.plan import fingerprint
 from onnxprune.progress import Progress, Silent
 from onnxprune.recipe_steps import Context, step_types
@@ -90,6 +90,8 @@ class Recipe:
             raise where.error(("steps",), "steps: there are none")
         rest = {k: v for k, v in value.items() if k != "steps"}
         shared = _validated(_Shared, rest, (), where, "")
+        if shared.seed < 0:
+            raise where.error(("seed",), f"seed: must not be negative, not {shared.seed}")
         return cls(steps, **asdict(shared))
 
 
@@ -179,8 +181,11 @@ def run_recipe(
     listener = progress or Silent()
     context = Context(original, recipe.data, recipe.val, recipe.seed, recipe.threads, listener)
     done = []
-    for name, step in recipe.steps:
-        model, record = step(model, context)
+    for number, (name, step) in enumerate(recipe.steps, 1):
+        try:
+            model, record = step(model, context)
+        except OnnxPruneError as error:
+            raise type(error)(f"step {number}, {name}: {error}") from error
         done.append({"step": name, "options": asdict(step), "record": record})
     plan = {
         "format": FORMAT,
@@ -229,17 +234,22 @@ def replay(
         raise InvalidRecipeError(
             f"the plan has version {plan.get('version')!r}; this onnxprune reads {VERSION}"
         )
-    original = io.load(source)
-    if plan["model"]["sha256"] != digest(original):
-        raise InvalidRecipeError(f"the plan was made for another model ({plan['model']['name']!r})")
-    recipe = Recipe.of(
-        {
+    try:
+        fields = {
             **{k: plan[k] for k in ("data", "val", "seed", "threads")},
             "steps": [{step["step"]: step["options"]} for step in plan["steps"]],
         }
-    )
-    result = run_recipe(original, recipe, progress=progress)
-    if result.plan["result_sha256"] != plan["result_sha256"]:
+        name, sha256, wanted = plan["model"]["name"], plan["model"]["sha256"], plan["result_sha256"]
+    except (KeyError, TypeError) as error:
+        raise InvalidRecipeError(
+            f"the plan is damaged ({type(error).__name__}: {error}): give a file that run --plan "
+            "wrote"
+        ) from error
+    original = io.load(source)
+    if sha256 != digest(original):
+        raise InvalidRecipeError(f"the plan was made for another model ({name!r})")
+    result = run_recipe(original, Recipe.of(fields), progress=progress)
+    if result.plan["result_sha256"] != wanted:
         raise VerificationError(
             "the replay gave another model than the plan was written for: the data, the machine or "
             "a library has changed; use the same, or run the recipe again"

@@ -118,6 +118,17 @@ def test_a_replay_that_differs_is_refused(root: Path) -> None:
         replay(root / "models" / "digits_cnn.onnx", plan)
     with pytest.raises(InvalidRecipeError, match="the plan has version 9"):
         replay(source, {**plan, "version": 9})
+    for damaged in ({**plan, "model": 3}, {k: v for k, v in plan.items() if k != "steps"}):
+        with pytest.raises(InvalidRecipeError, match="the plan is damaged"):
+            replay(source, damaged)
+
+
+def test_a_step_that_fails_is_named(root: Path) -> None:
+    recipe = Recipe.of({"steps": ["lossless", {"prune": {"macs": 2}}]})
+    with pytest.raises(InvalidRecipeError, match=r"step 2, prune: --macs 2 is out of range"):
+        run_recipe(root / "models" / "digits_mlp.onnx", recipe)
+    with pytest.raises(InvalidRecipeError, match="seed: must not be negative, not -1"):
+        Recipe.of({"steps": ["lossless"], "seed": -1})
 
 
 def test_a_step_without_data_says_so(root: Path) -> None:
