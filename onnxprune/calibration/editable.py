@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,14 +20,16 @@ Array = NDArray[Any]
 class Editable:
     """A copy of a model: `nodes` in topological order, stored tensors by name.
 
-    Constant nodes count as stored tensors and are not among `nodes`. Unless the model `may_grow`,
-    no tensor is added: neither a bias where none was, nor a copy of a shared one.
+    Constant nodes count as stored tensors and are not among `nodes`. A weight that one Transpose
+    reads, as exporters leave it without constant folding, is stored as that gives it. Unless the
+    model `may_grow`, no tensor is added: neither a bias where none was, nor a copy of a shared one.
     """
 
     def __init__(self, model: onnx.ModelProto, *, may_grow: bool = True) -> None:
         self.may_grow = may_grow
         self.proto = onnx.ModelProto()
         self.proto.CopyFrom(model)
+        _transpose_weights(self.proto.graph)
         graph = self.proto.graph
         order = topological_order(
             [list(n.output) for n in graph.node], [list(reads(n)) for n in graph.node]
@@ -166,3 +169,30 @@ def _fill(tensor: onnx.TensorProto, value: Array) -> None:
     fresh = numpy_helper.from_array(np.ascontiguousarray(value.astype(dtype)), tensor.name)
     fresh.doc_string = tensor.doc_string
     tensor.CopyFrom(fresh)
+
+
+def _transpose_weights(graph: onnx.GraphProto) -> None:
+    """Store W^T under its name where a node transposes a float weight that nothing else reads."""
+    stored = {t.name: t for t in graph.initializer}
+    fixed = {i.name for i in graph.input} | {o.name for o in graph.output}
+    times = Counter(name for node in graph.node for name in reads(node))
+    kept = []
+    for node in graph.node:
+        tensor = stored.get(node.input[0]) if node.op_type == "Transpose" else None
+        name = node.output[0] if node.output else ""
+        if (
+            tensor is None
+            or node.domain not in ("", "ai.onnx")
+            or tensor.data_type not in FLOATS
+            or times[tensor.name] > 1
+            or {tensor.name, name} & fixed
+        ):
+            kept.append(node)
+            continue
+        perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+        value = np.ascontiguousarray(np.transpose(numpy_helper.to_array(tensor), perm))
+        tensor.CopyFrom(numpy_helper.from_array(value, name))
+    if len(kept) < len(graph.node):
+        nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+        del graph.node[:]
+        graph.node.extend(nodes)
