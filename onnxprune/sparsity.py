@@ -57,6 +57,13 @@ class Pattern:
         """The share of zeros that the pattern makes, where it says so."""
         return 1 - self.kept / self.of if self.fixed else 0.0
 
+    def holds(self, weight: Array) -> bool:
+        """Whether weights [G, M, K] follow an N:M pattern: at most `kept` of `of` neighbours."""
+        if not self.fixed:
+            return True
+        groups = weight.reshape(*weight.shape[:2], -1, self.of)
+        return bool((np.count_nonzero(groups, axis=3) <= self.kept).all())
+
     def fits(self, shape: tuple[int, ...], period: int) -> bool:
         """Whether weights [G, M, K], of which `period` neighbours are channels, can follow it."""
         if self.fixed:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnxprune.analysis import normalized
 from onnxprune.data import Dataset
 from onnxprune.editing import Edit
-from onnxprune.errors import InvalidRecipeError
+from onnxprune.errors import InvalidRecipeError, VerificationError
 from onnxprune.grams import Moments, Taps, calibration_batches
 from onnxprune.graph import Graph
 from onnxprune.matrices import Matrix, find_matrices, left_alone
@@ -120,6 +120,7 @@ class PruneWeights:
         Raises:
             InvalidRecipeError: the method needs data and there is none.
             InvalidDataError: the data is empty.
+            VerificationError: a weight does not follow the pattern.
         """
         if data is None and self.method != "magnitude":
             raise InvalidRecipeError(f"method {self.method} needs data to calibrate on")
@@ -237,6 +238,8 @@ class _Run:
         damping = 0.0 if moments is None else self._damping(moments)
         new = self._pruned(old, means, share, damping)
         error = None if means is None else relative_error(old, new, means[0])
+        if not self.options._parsed.holds(new):
+            raise VerificationError(f"{matrix.name}: not {self.options.pattern}; please report it")
         index = matrix.node.index
         stored = self.edit.weight(index, matrix.slot)
         kind = self.graph.constants[matrix.name].dtype

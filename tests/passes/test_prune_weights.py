@@ -12,7 +12,7 @@ from onnx import numpy_helper
 
 from onnxprune import io, runtime, verify
 from onnxprune.data import open_data
-from onnxprune.errors import InvalidRecipeError
+from onnxprune.errors import InvalidRecipeError, VerificationError
 from onnxprune.graph import Graph
 from onnxprune.matrices import find_matrices
 from onnxprune.passes.prune_weights import PruneWeights
@@ -324,3 +324,12 @@ def test_half_precision_stays() -> None:
     assert weight(result.model, "w").dtype == np.float16
     assert (weight(result.model, "w") == 0).mean() == 0.5
     outputs(result.model, runtime.random_feeds(graph))
+
+
+def test_a_weight_against_the_pattern_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = Pattern.parse("2:4")
+    assert pattern.holds(np.array([[[1, 0, 2, 0, 0, 0, 0, 3]]]))
+    assert not pattern.holds(np.array([[[1, 1, 2, 0]]]))
+    monkeypatch.setattr("onnxprune.passes.prune_weights.choose", lambda s, *_, **__: s > -1)
+    with pytest.raises(VerificationError, match="w: not 2:4; please report it"):
+        PruneWeights(pattern="2:4", method="magnitude")(build(*LAYERS["gemm"]))
