@@ -59,14 +59,12 @@ class Recipe:
         try:
             tree = yaml.compose(text, Loader=yaml.SafeLoader)
             value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f"line {mark.line + 1}: " if mark else ""
-            words = getattr(error, "problem", None) or str(error)
-            raise InvalidRecipeError(f"{line}this is not YAML: {words}") from error
-        lines: dict[tuple[Any, ...], int] = {}
-        if tree is not None:
-            _note_lines(tree, (), lines)
+            lines: dict[tuple[Any, ...], int] = {}
+            if tree is not None:
+                _note_lines(tree, (), lines)
+            lines.setdefault((), 1)
+        except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
+            raise _no_yaml(text, error) from error
         return cls.of(value, lines)
 
     @classmethod
@@ -116,6 +114,17 @@ class _Where:
             if line is not None:
                 return InvalidRecipeError(f"line {line}: {words}")
         return InvalidRecipeError(words)
+
+
+def _no_yaml(text: str, error: Exception) -> InvalidRecipeError:
+    """Where text is no YAML, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    place = getattr(error, "position", None)
+    line = 1 + (mark.line if mark else text.count("\n", 0, place) if place else 0)
+    words = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    if isinstance(error, RecursionError):
+        words = "it contains itself"
+    return InvalidRecipeError(f"line {line}: this is not YAML: {' '.join(words.split())}")
 
 
 def _note_lines(node: Any, path: tuple[Any, ...], lines: dict[tuple[Any, ...], int]) -> None:

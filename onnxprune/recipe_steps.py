@@ -18,6 +18,7 @@ from onnxprune.training.options import FinetuneOptions
 
 if TYPE_CHECKING:
     from onnxprune.data import Dataset
+    from onnxprune.joint import PruneJointly
     from onnxprune.passes.finetune import Finetune
     from onnxprune.passes.prune_layers import PruneLayers
     from onnxprune.progress import Progress
@@ -159,6 +160,41 @@ class LayersStep:
 
 
 @dataclass(frozen=True)
+class JointStep:
+    """Remove layers and channels under one budget; see `onnxprune.joint`."""
+
+    macs: float | None = None
+    params: float | None = None
+    most_layers: int = 4
+    kinds: Literal["branch", "plain", "all"] = "all"
+    replacement: Literal["none", "affine", "linear"] = "linear"
+    round_to: int = 1
+    min_keep: float = 0.1
+    keep: tuple[str, ...] = ()
+    samples: int = 1024
+
+    def __post_init__(self) -> None:
+        """Refuse options that make no sense."""
+        self._pass(None, 0)
+
+    def _pass(self, threads: int | None, seed: int) -> PruneJointly:
+        from onnxprune.joint import PruneJointly
+
+        options: dict[str, Any] = {k: getattr(self, k) for k in self.__dataclass_fields__}
+        return PruneJointly(**options, threads=threads, seed=seed)
+
+    def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
+        run = self._pass(context.threads, context.seed)
+        found = run(model, context.dataset("prune-jointly"), progress=context.progress)
+        rows = [asdict(row) for row in found.dropped]
+        return found.model, {
+            "dropped": [{k: v for k, v in row.items() if k != "edit"} for row in rows],
+            "plan": None if found.plan is None else found.plan.to_json(),
+            "trials": [asdict(trial) for trial in found.trials],
+        }
+
+
+@dataclass(frozen=True)
 class WeightsStep:
     """Set single weights to zero."""
 
@@ -247,6 +283,7 @@ BUILT_IN: Mapping[str, Callable[..., Any]] = {
     "lossless": LosslessStep,
     "prune": PruneStep,
     "prune-layers": LayersStep,
+    "prune-jointly": JointStep,
     "prune-weights": WeightsStep,
     "reestimate-batchnorm": BatchNormStep,
     "finetune": FinetuneStep,

@@ -163,6 +163,15 @@ class PruneLayers:
             raise InvalidRecipeError("prune-layers needs data to calibrate on: give --data")
         return _Run(self, model, data, val or data, progress or Silent()).result()
 
+    def path(
+        self, model: onnx.ModelProto, data: Dataset, most: int, *, progress: Progress | None = None
+    ) -> list[LayersResult]:
+        """The models without 1, 2, ... layers, not repaired, until the budget is reached.
+
+        At most `most`; fewer where no other layer can go.
+        """
+        return _Run(replace(self, repair=False), model, data, data, progress or Silent()).path(most)
+
     @property
     def wanted(self) -> int | None:
         """How many layers go, where that is the goal."""
@@ -219,6 +228,19 @@ class _Run:
                 finished = (step, model)
             self.listener.step(len(step.dropped))
         return self._report(step, finished, total)
+
+    def path(self, most: int) -> list[LayersResult]:
+        """See `PruneLayers.path`."""
+        step = first = _Step(self.original, *_costs(self.original))
+        total = sum(1 for _ in self._found(first))
+        found: list[LayersResult] = []
+        while len(found) < most and not self._enough(step, first):
+            following = self._best(step)
+            if following is None:
+                break
+            step = following
+            found.append(self._report(step, None, total))
+        return found
 
     @property
     def _free(self) -> bool:
