@@ -104,8 +104,8 @@ class PruneJointly:
             share = self._share(model, start.model)
             try:
                 pruned, plan = self._without_channels(start.model, share, data, progress)
-            except BudgetError as error:
-                failure = error
+            except BudgetError as reason:
+                failure = reason
                 trials.append(Trial(len(start.dropped), share, None))
                 continue
             error = deviation(self._outputs(pruned, few), wanted)
