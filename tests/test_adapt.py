@@ -189,7 +189,7 @@ def test_classes_choose_where_nothing_is_recorded() -> None:
 def test_what_is_made_up_fits_the_model(net: onnx.ModelProto) -> None:
     found = made_up(net, threads=1)
     assert (found.source, found.is_real, found.is_typical) == ("synthesized images", False, True)
-    assert found.samples == 1024
+    assert found.samples == 2048
     assert made_up(net, macs=1e9, threads=1).samples < 200
     assert made_up(net, macs=1e12, threads=1).samples == 32
     assert synthesize(mlp(5, 8, 3), 64) is None

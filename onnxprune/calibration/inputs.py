@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 #: Samples of the user's data, and of made-up inputs.
-SAMPLES, SYNTHETIC = 1024, 1024
+SAMPLES, SYNTHETIC = 1024, 2048
 #: Multiply-adds that made-up inputs may cost, and how often each runs through the model.
-OPERATIONS, RUNS = 1e12, 6
+OPERATIONS, RUNS = 5e11, 6
 #: Samples made up however large the model is.
 _FEWEST = 32
 _BATCH = 64
