@@ -44,6 +44,6 @@ def test_a_pattern_lies_along_the_channels_of_one_tap() -> None:
 
 @pytest.mark.parametrize(("operator", "value"), [("Sub", 0.0), ("Div", 1.0)])
 def test_what_turns_its_second_operand_around_is_no_idle_layer(operator: str, value: float) -> None:
-    body = f"c = Constant<value = float[1] {{{value}}}>()  h = Relu(x)  u = {operator}(c, h)  y = Relu(u)"
-    model = build("(float[N,4] x) => (float[N,4] y)", body)
+    body = f"c = Constant<value = float[1] {{{value}}}>()  h = Relu(x)  u = {operator}(c, h)"
+    model = build("(float[N,4] x) => (float[N,4] y)", f"{body}  y = Relu(u)")
     assert not Lossless(threads=1, check=False)(model).modified
