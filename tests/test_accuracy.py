@@ -120,6 +120,15 @@ def rows(*tools: str) -> list[Row]:
     return found
 
 
+def test_what_is_measured_anew_takes_the_place_of_old_rows(workdir: Path) -> None:
+    """The rows of another tool stay, and always have their original."""
+    results = Results(workdir / "accuracy.json", rows("onnxprune", "torch-pruning"))
+    again = [Row("", "mlp", 1.0, 1.0, "original", 0.95, 0.0)]
+    results.replace(("mlp", 1.0, ""), again)
+    kept = [row for row in rows("onnxprune", "torch-pruning") if row.tool]
+    assert Results.load(workdir).rows == [*again, *kept]
+
+
 def test_the_picture_has_a_bar_for_each_stage() -> None:
     assert picture(rows("onnxprune", "torch-pruning")).count("<rect x=") == 4
 

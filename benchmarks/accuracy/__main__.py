@@ -108,17 +108,17 @@ def run(given: argparse.Namespace) -> Results:
     wanted = units(given)
     if given.resume:
         wanted = [unit for unit in wanted if unit not in results.units]
-    results.drop(wanted)
     results.machine = {**results.machine, **machine(given.threads, versions)}
     for name in given.models:
         with progress() as listener:
             network = Network(name, given, listener)
-            for _, budget, tool in (unit for unit in wanted if unit[0] == name):
+            for unit in (unit for unit in wanted if unit[0] == name):
+                _, budget, tool = unit
                 rows = []
                 for row in network.measure(budget, tool):
                     print(f"{name} {budget:.0%} {tool} {row.stage}: {row.accuracy:.2%}", flush=True)
                     rows.append(row)
-                results.add(rows)
+                results.replace(unit, rows)
     return results
 
 

@@ -44,14 +44,9 @@ class Results:
         """What has been measured to its end."""
         return {unit(row) for row in self.rows if row.stage in ("original", STAGES[-1])}
 
-    def drop(self, units: Iterable[Unit]) -> None:
-        """Forget rows that are going to be measured anew."""
-        gone = set(units)
-        self.rows = [row for row in self.rows if unit(row) not in gone]
-
-    def add(self, rows: Iterable[Row]) -> None:
-        """Take the rows of one unit, and write the file and the picture."""
-        self.rows += rows
+    def replace(self, measured: Unit, rows: Iterable[Row]) -> None:
+        """Take the rows of one unit for what was known of it; write the file and the picture."""
+        self.rows = [row for row in self.rows if unit(row) != measured] + list(rows)
         self.rows.sort(key=_order)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = {"machine": self.machine, "rows": [asdict(row) for row in self.rows]}

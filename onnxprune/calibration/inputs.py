@@ -146,9 +146,13 @@ def peak_bytes(coupling: Coupling, feeds: Mapping[str, Array]) -> int:
             ending[end] = ending.get(end, 0) + sizes[name]
         peak = max(peak, alive)
         alive -= ending.pop(node.index, 0)
-    known = sum(4 * int(np.prod(shapes.dims(n) or (1,))) for n in feeds)
-    given = sum(4 * np.size(a) for a in feeds.values())
-    return int(_BOTH_MODELS * peak * given / max(known, 1))
+    return int(_BOTH_MODELS * peak * relative_size(coupling, feeds))
+
+
+def relative_size(coupling: Coupling, feeds: Mapping[str, Array]) -> float:
+    """How much more there is in a batch than in the inputs that shapes were inferred for."""
+    known = sum(int(np.prod(coupling.shapes.dims(n) or (1,))) for n in feeds)
+    return sum(np.size(a) for a in feeds.values()) / max(known, 1)
 
 
 def _rows(feeds: Mapping[str, Array]) -> int:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnxprune.calibration import weights
 from onnxprune.calibration.editable import Editable
 from onnxprune.calibration.gram import SECOND, affordable, measure
+from onnxprune.calibration.inputs import relative_size
 from onnxprune.calibration.sites import Site, affine, find_sites
 from onnxprune.calibration.solve import Halves, Solver
 from onnxprune.calibration.walk import Walk
@@ -111,11 +112,21 @@ class Repair:
     def _affordable(self, sites: Sequence[Site]) -> dict[int, int]:
         """How many rows each site may see, by its node."""
         widths = [weights.matrices(self.student, s).shape[2] for s in sites]
-        rows = [max(self.rows, min(_ROWS_PER_INPUT * d, _MOST_ROWS)) for d in widths]
+        wished = [max(self.rows, min(_ROWS_PER_INPUT * d, _MOST_ROWS)) for d in widths]
+        rows = [min(n, self._available(s)) for n, s in zip(wished, sites, strict=True)]
         fitting = affordable(rows, [d if d <= MAX_INPUTS else 0 for d in widths])
         if "A" not in self.sums:
             fitting = rows
         return {s.node: n for s, n in zip(sites, fitting, strict=True)}
+
+    def _available(self, site: Site) -> int:
+        """About how many rows the batches have, so that none are reserved that do not exist."""
+        dims = self.rewriter.coupling.shapes.dims(site.target)
+        if not dims or 0 in dims:
+            return _MOST_ROWS
+        positions = float(np.prod(dims)) / dims[1 if site.is_conv else -1]
+        times = sum(relative_size(self.rewriter.coupling, batch) for batch in self.batches)
+        return max(1, int(np.ceil(positions * times)))
 
     @property
     def _parallel(self) -> bool:
