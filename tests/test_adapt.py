@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from onnxprune import runtime
 from onnxprune.analysis import analyse
+from onnxprune.calibration import sequential
 from onnxprune.calibration.adapt import adapt
 from onnxprune.calibration.editable import Editable
 from onnxprune.calibration.gram import OPERATIONS, affordable
@@ -201,6 +203,25 @@ def test_wide_layers_see_fewer_rows() -> None:
     assert affordable([16384, 16384], [100, 200]) == [16384, 16384]
     few = affordable([32768] * 4, [4608] * 4)
     assert sum(n * 4608**2 for n in few) <= OPERATIONS and min(few) >= 2 * 4608
+
+
+def test_no_rows_are_reserved_that_the_batches_do_not_have(
+    net: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[int]] = []
+
+    def spy(rows: Sequence[int], widths: Sequence[int]) -> list[int]:
+        asked.append(list(rows))
+        return affordable(rows, widths)
+
+    monkeypatch.setattr(sequential, "affordable", spy)
+    analysis = analyse(net)
+    keep = np.ones(analysis.coupling.solution.units, bool)
+    keep[next(g for g in analysis.groups if g.size == 8).units[6:]] = False
+    pruned = apply_keep(analysis.coupling, keep).model
+    rewriter = Rewriter(analysis.coupling, keep)
+    Reconstruct(rows=16384, threads=1)(pruned, rewriter, images(1))
+    assert max(asked[0]) == 32 * 14 * 14
 
 
 def test_a_repair_is_judged_on_samples_of_its_own() -> None:
