@@ -29,6 +29,8 @@ from onnxprune.runtime import one_blas_thread
 Array = NDArray[Any]
 #: Inputs above which a convolution's channels are compared by one tap instead of whole patches.
 MAX_INPUTS = 2304
+#: Sum of inputs cubed over all layers, above which that happens to narrower ones too.
+OPERATIONS = 3e10
 #: Damping of H, relative to its mean diagonal.
 DAMP = 1e-3
 #: Units that go in one step: a group's size over this.
@@ -101,7 +103,8 @@ def measure_readers(
     """The statistics of every linear operator that contracts prunable channels."""
     sites = [s for i in range(len(model.nodes)) if (s := linear(model, i)) is not None]
     sites = [s for s in sites if s.groups == 1 and _units(coupling, s) is not None]
-    allowed = affordable([rows] * len(sites), [_width(model, s) for s in sites])
+    limit = _limit([_inputs(model, s) for s in sites])
+    allowed = affordable([rows] * len(sites), [_width(model, s, limit) for s in sites])
     walk, rng = Walk(model, batches, threads=threads), np.random.default_rng(seed)
     found = []
     for site, count in zip(sites, allowed, strict=True):
@@ -111,16 +114,30 @@ def measure_readers(
         if not site.is_cell:
             follow(model, site)
         feeds = [{"x": held[site.x], "t": held[shaped_as]} for held in walk.held]
-        found.append(_reader(coupling, model, site, feeds, count, rng, threads))
+        found.append(_reader(coupling, model, site, feeds, count, limit, rng, threads))
     return [r for r in found if r is not None]
 
 
-def _width(model: Editable, site: Site) -> int:
+def _limit(widths: Sequence[int]) -> int:
+    """The most inputs that are inverted: of layers too wide in all, the widest are not."""
+    known, counts = np.unique([0, *widths], return_counts=True)
+    fits = (counts * known.astype(float) ** 3).cumsum() <= OPERATIONS
+    return min(MAX_INPUTS, int(known[fits][-1]))
+
+
+def _inputs(model: Editable, site: Site) -> int:
+    """Channels times taps that a site reads."""
+    tensor = model.tensor(model.nodes[site.node].input[site.slot])
+    assert tensor is not None
+    return int(np.prod(tensor.dims)) // site.channels
+
+
+def _width(model: Editable, site: Site, limit: int) -> int:
     """Over how many inputs a site's moments are taken."""
     tensor = model.tensor(model.nodes[site.node].input[site.slot])
     assert tensor is not None
-    width = int(np.prod(tensor.dims)) // site.channels
-    return width if width <= MAX_INPUTS or not site.is_conv else tensor.dims[1]
+    width = _inputs(model, site)
+    return width if width <= limit or not site.is_conv else tensor.dims[1]
 
 
 def _units(coupling: Coupling, site: Site) -> Labels | None:
@@ -140,6 +157,7 @@ def _reader(
     site: Site,
     feeds: Sequence[Mapping[str, Array]],
     rows: int,
+    limit: int,
     rng: np.random.Generator,
     threads: int | None,
 ) -> Reader | None:
@@ -150,7 +168,7 @@ def _reader(
     node, shape = model.nodes[site.node], model.weight(model.nodes[site.node].input[1])
     assert unit is not None and shape is not None
     dims, norms = shape.shape, False
-    if weight.shape[1] > MAX_INPUTS:
+    if weight.shape[1] > (limit if site.is_conv else MAX_INPUTS):
         if not site.is_conv:
             return None
         weight = np.sqrt((weight.reshape(len(weight), unit.size, -1) ** 2).sum((0, 2)))[None]

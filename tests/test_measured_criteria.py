@@ -15,7 +15,7 @@ from onnxprune.calibration.editable import Editable
 from onnxprune.calibration.inputs import from_data, limited, peak_bytes
 from onnxprune.calibration.walk import Walk
 from onnxprune.data import open_data
-from onnxprune.passes.criteria import MEASURED, measured
+from onnxprune.passes.criteria import MEASURED, _limit, measured
 from tests.graphs import build, mlp, outputs, replaced
 
 Array = NDArray[Any]
@@ -141,3 +141,9 @@ def test_calibration_is_shuffled_and_bounded() -> None:
     assert [len(b["x"]) for b in halves] == [32, 32]
     small = limited(calibration, coupling, each // 8).batches
     assert [len(b["x"]) for b in small] == [4, 4]
+
+
+def test_the_widest_layers_are_compared_by_one_tap_where_all_would_cost_too_much() -> None:
+    assert _limit([]) == 0
+    assert _limit([576, 1152, 2304, 4608]) == 2304
+    assert _limit([576, *[1152] * 8, *[2304] * 11, 4608]) == 1152
