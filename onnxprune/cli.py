@@ -134,6 +134,14 @@ LosslessOption = Annotated[
         show_default=False,
     ),
 ]
+SimplifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--simplify",
+        help="At the end fold and merge layers (by onnxslim): the same answers from fewer nodes.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Keep = Annotated[
     list[str] | None,
     typer.Option(
@@ -269,6 +277,7 @@ def prune(
     steps: Steps = 1,
     max_drop: MaxDrop = None,
     lossless: LosslessOption = None,
+    simplify: SimplifyOption = False,
     plan: PlanOut = None,
     report: ReportOut = None,
     no_check: NoCheck = False,
@@ -309,6 +318,7 @@ def prune(
             steps=steps,
             max_drop=max_drop,
             lossless=lossless,
+            simplify=simplify,
             check=not no_check,
             seed=seed,
             threads=threads,

@@ -31,6 +31,7 @@ class Options:
     as_float32: bool = False
     repair: str = "auto"
     steps: int = 1
+    simplify: bool = False
 
 
 @dataclass(frozen=True)

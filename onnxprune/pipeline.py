@@ -45,6 +45,7 @@ from onnxprune.groups import Group
 from onnxprune.loop import Attempt, Loop, Rebuilt, Trial
 from onnxprune.metrics import Reference
 from onnxprune.options import Options, Verified
+from onnxprune.passes.simplify import Simplify, require_library
 from onnxprune.plan import Plan, PlannedGroup, fingerprint
 from onnxprune.preparation import replay_lossless, without_dead
 from onnxprune.progress import Progress, Silent
@@ -94,6 +95,7 @@ def prune(
     steps: int = 1,
     max_drop: float | None = None,
     lossless: bool | None = None,
+    simplify: bool = False,
     check: bool = True,
     seed: int = 0,
     threads: int | None = None,
@@ -131,6 +133,8 @@ def prune(
             as this allows. If nothing keeps it, the last of `report.checks` fails.
         lossless: True needs no budget and then only removes what provably does not matter; before
             a budget that happens as well, where it can be checked; False leaves it out.
+        simplify: at the end fold and merge layers, where the result then answers the same; needs
+            the package onnxslim.
         check: False leaves out the comparison with the masked twin.
         threads: threads of every session; None leaves it to ONNX Runtime.
 
@@ -144,6 +148,8 @@ def prune(
     check_promise(max_drop, data if val is None else val)
     check_ranges(min_keep, round_to, scope, seed)
     check_repair(repair, data)
+    if simplify:
+        require_library("--simplify")
     given = {"channels": channels, "macs": macs, "params": params, "size-mb": size_mb}
     options = Options(
         budget_of(lossless, max_drop, given),
@@ -158,6 +164,7 @@ def prune(
         threads,
         repair=repair,
         steps=check_steps(steps, granularity),
+        simplify=simplify,
     )
     run = _Run(options, progress or Silent())
     with run.stage("load"):
@@ -361,9 +368,19 @@ class _Run:
         analysis, options, whole = self.analysis, self.options, self.whole
         plan = _plan(analysis, final.verified, replace(options, budget=final.budget))
         plan = replace(plan, model=fingerprint(self.original), lossless=analysis is not whole)
+        if options.simplify:
+            with self.stage("simplify"):
+                final = self._simplified(final)
         with self.stage("check"):
             report = make_report(analysis, final, options, self.feeds, whole, self.old, trials)
         return Result(final.model, plan, replace(report, seconds=dict(self.seconds)))
+
+    def _simplified(self, final: Attempt) -> Attempt:
+        """The same with fewer nodes, and a note on that."""
+        run = Simplify(self.options.threads, self.options.as_float32)
+        found = run(final.model, self.feeds)
+        verified = replace(final.verified, notes=(*final.verified.notes, found.note))
+        return replace(final, model=found.model, verified=verified)
 
 
 def _check_prunable(analysis: Analysis) -> None:

@@ -253,30 +253,21 @@ class FinetuneStep(FinetuneOptions):
 
 @dataclass(frozen=True)
 class SimplifyStep:
-    """Fold BatchNormalization and constants, merge and drop layers, by onnxslim."""
+    """Fold BatchNormalization and constants, merge and drop layers, by onnxslim and own code."""
 
     def __call__(self, model: onnx.ModelProto, context: Context) -> tuple[onnx.ModelProto, Record]:
-        from onnxprune.passes.lossless import compare
-        from onnxprune.verify import structure_problems
+        from onnxprune.passes.simplify import Simplify, require_library
 
-        try:
-            import onnxslim
-        except ImportError as error:
-            raise InvalidRecipeError(
-                "step simplify needs onnxslim: pip install 'onnxprune[simplify]'"
-            ) from error
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        slim = onnxslim.slim(copy)
-        error_, tolerance = compare(model, slim, threads=context.threads)
-        problems = structure_problems(slim, model)
-        if problems or not error_ <= tolerance:
-            raise VerificationError(
-                f"simplify: onnxslim's result is not the same model: error {error_:.3g}"
-                f"{''.join(f'; {p}' for p in problems)}; leave the step out"
-            )
-        counts = {"nodes_before": len(model.graph.node), "nodes_after": len(slim.graph.node)}
-        return slim, {**counts, "max_error": error_}
+        require_library("step simplify")
+        found = Simplify(threads=context.threads)(model)
+        if found.problem:
+            raise VerificationError(f"simplify: {found.problem}; leave the step out")
+        return found.model, {
+            "nodes_before": found.nodes_before,
+            "nodes_after": found.nodes_after,
+            "merged": found.merged,
+            "max_error": found.max_error,
+        }
 
 
 BUILT_IN: Mapping[str, Callable[..., Any]] = {

@@ -237,6 +237,7 @@ class TestPrune:
             "steps": 1,
             "max_drop": None,
             "lossless": None,
+            "simplify": False,
             "check": True,
             "seed": 0,
             "threads": None,
@@ -249,7 +250,7 @@ class TestPrune:
             "--min-keep 0.2 --ranking isomorphic "
             "--granularity head-dim,vocab --vocab-keep ids.txt --vocab-unknown 3 "
             "--keep stem* --keep head* --data d.npz --val v.npz --repair bias "
-            "--finetune 3 --max-drop 1 --seed 7 --threads 2 -q"
+            "--finetune 3 --max-drop 1 --simplify --seed 7 --threads 2 -q"
         )
         assert cli.main(command.split()) == 0
         del call.options["progress"]
@@ -274,6 +275,7 @@ class TestPrune:
             "steps": 1,
             "max_drop": 1.0,
             "lossless": None,
+            "simplify": True,
             "check": True,
             "seed": 7,
             "threads": 2,
