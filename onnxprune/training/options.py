@@ -61,7 +61,8 @@ class FinetuneOptions:
         batchnorm: "frozen": BatchNormalization acts as in inference; "batch": it normalizes by the
             statistics of the batch, and running ones are collected, as in training from scratch.
         backend: "worker": onnxruntime-training in a process of its own; "builtin": gradients as
-            plain ONNX operators, here; "auto": the first where it can be had.
+            plain ONNX operators, here; "auto": the first where it can be had and both agree about
+            every tensor's gradient on a few samples.
         bn_momentum: share of the old running statistics that a batch keeps.
         every_step: where channels go in several steps: train after each, not only after the last.
     """

@@ -18,6 +18,9 @@ from onnx import numpy_helper
 
 from onnxprune.training.draft import FLOATS
 
+#: Share of zeros from which they are taken for pruned weights.
+SPARSE = 0.2
+
 # input places that hold weights; True: weight decay applies
 PLACES: dict[str, dict[int, bool]] = {
     "Conv": {1: True, 2: False},
@@ -160,6 +163,18 @@ def _aliased(value: NDArray[np.float32], sites: int) -> str | None:
     if sites > 1 and sum(size > 1 for size in value.shape) <= 1 and np.ptp(value) == 0:
         return f"{sites} nodes share this vector of equal values; training it would tie them"
     return None
+
+
+def still_zero(parameters: Mapping[str, Parameter], masked: bool | None) -> dict[str, NDArray[Any]]:
+    """Where weights may move, by name; none where they may everywhere."""
+    masks = {}
+    for name, parameter in parameters.items():
+        moving = parameter.value != 0
+        share = 1 - float(moving.mean())
+        sparse = parameter.decay and SPARSE <= share < 1 if masked is None else masked
+        if sparse and share:
+            masks[name] = moving
+    return masks
 
 
 def write_back(model: onnx.ModelProto, values: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:

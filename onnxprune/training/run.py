@@ -19,6 +19,7 @@ from onnxprune.data import Batch, Dataset
 from onnxprune.errors import InvalidDataError, TrainingError
 from onnxprune.progress import Progress
 from onnxprune.training.augment import augmentation
+from onnxprune.training.autodiff.local import LocalWorker
 from onnxprune.training.backend import Gradients, WorkerTrainer
 from onnxprune.training.checkpoint import (
     Checkpoint,
@@ -26,6 +27,7 @@ from onnxprune.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from onnxprune.training.crosscheck import described, doubted
 from onnxprune.training.custom import (
     CustomObjective,
     custom_objective,
@@ -42,7 +44,7 @@ from onnxprune.training.loss import (
     loss_value,
     plan_objective,
 )
-from onnxprune.training.parameters import Parameter, find_parameters, write_back
+from onnxprune.training.parameters import find_parameters, still_zero, write_back
 from onnxprune.training.pieces import cut, piece_rows, separable
 from onnxprune.training.schedule import SGD_RATE, peak_rate, rate_at
 from onnxprune.training.teacher import Teacher
@@ -51,8 +53,6 @@ if TYPE_CHECKING:
     from onnxprune.passes.finetune import Finetune
 
 Array = NDArray[Any]
-#: Share of zeros from which they are taken for pruned weights.
-SPARSE = 0.2
 CHECK_SAMPLES = 8
 PLAN_SAMPLES = 32
 _log = logging.getLogger(__name__)
@@ -127,10 +127,11 @@ class Run:
         self.augment = augmentation(options.augment, classes[0] if classes else None)
         self._append_loss()
         self.piece = self._piece_rows()
-        self.trainer = self._make_trainer(worker)
+        self.worker = worker
+        self.trainer = self._make_trainer()
         self._check(first)
         if options.batchnorm == "batch":
-            self._use_batch_statistics(first, worker)
+            self._use_batch_statistics(first)
         self.history: list[Epoch] = []
         self.best_score = -math.inf
         self.best_epoch = 0
@@ -210,14 +211,14 @@ class Run:
         again = self.options.augment is None and self.options.epochs > 1
         return Teacher(model, outputs, threads=self.threads, remember=again)
 
-    def _make_trainer(self, worker: Gradients) -> WorkerTrainer:
+    def _make_trainer(self) -> WorkerTrainer:
         options = self.options
         constants = {"momentum": options.momentum} if options.optimizer == "sgd" else {}
-        masks = _masks(self.graph.parameters, options.masked)
+        masks = still_zero(self.graph.parameters, options.masked)
         if masks and options.masked is None:
             self.sparse = f"zeros stay zero in {len(masks)} weights (masked: false trains them)"
         return WorkerTrainer(
-            worker,
+            self.worker,
             self.graph,
             optimizer={"name": options.optimizer, **constants},
             weight_decay=options.weight_decay,
@@ -232,6 +233,7 @@ class Run:
         """The start-up self-check on a few samples."""
         batch = _head(first, CHECK_SAMPLES, self.student)
         feeds = self._feeds(batch, 1)
+        self._compare(feeds)
         session = runtime.session(self.exposed, threads=self.threads)
         outputs = runtime.run(session, batch.feeds)
         if self.custom is None:
@@ -240,11 +242,27 @@ class Run:
             expected = custom_value(self.custom, {**batch.feeds, **outputs}, feeds)
         self._note(self.trainer.check(feeds, expected, seed=self.options.seed))
 
-    def _use_batch_statistics(self, first: Batch, worker: Gradients) -> None:
+    def _compare(self, feeds: Mapping[str, Array]) -> None:
+        """Leave a worker whose gradients are wrong."""
+        if isinstance(self.worker, LocalWorker):
+            return
+        seed = self.options.seed
+        wrong = doubted(self.trainer, self.graph, feeds, threads=self.threads, seed=seed)
+        if not wrong:
+            return
+        if self.options.backend == "worker":
+            raise TrainingError(f"{described(wrong)}; use the backend 'builtin' or 'auto'")
+        self.worker.close()
+        self.worker = LocalWorker()
+        self.trainer = self._make_trainer()
+        self._note(f"gradients are computed by plain ONNX operators: {described(wrong)}")
+
+    def _use_batch_statistics(self, first: Batch) -> None:
         """Train another form of the graph than the one that has been compared with inference."""
         self.graph = self._differentiable(first, momentum=self.options.bn_momentum)
         self._append_loss()
-        self.trainer = self._make_trainer(worker)
+        self.trainer = self._make_trainer()
+        self._compare(self._feeds(_head(first, CHECK_SAMPLES, self.student), 1))
         self._note(self.trainer.check(self._feeds(first, 1), None, seed=self.options.seed))
 
     def _note(self, text: str | None) -> None:
@@ -439,18 +457,6 @@ def differentiable(
     sizes = {name: array.shape for name, array in first.feeds.items()}
     fixed = legalise(student, sizes=sizes, momentum=momentum, only=only)
     return fixed if len(fixed.frozen) < len(graph.frozen) else graph
-
-
-def _masks(parameters: Mapping[str, Parameter], masked: bool | None) -> dict[str, Array]:
-    """Where weights may move, by name; none where they may everywhere."""
-    masks = {}
-    for name, parameter in parameters.items():
-        moving = parameter.value != 0
-        share = 1 - float(moving.mean())
-        sparse = parameter.decay and SPARSE <= share < 1 if masked is None else masked
-        if sparse and share:
-            masks[name] = moving
-    return masks
 
 
 def _score(metrics: Mapping[str, float], epoch: int) -> float:

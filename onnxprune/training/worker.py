@@ -113,13 +113,19 @@ class Engine:
             optimizer.average_into(self.average, self.params, self.ema, count)
         return loss, norm
 
-    def probe(self, feeds: wire.Arrays, size: float, seed: int | None) -> dict[str, Any]:
+    def probe(
+        self, feeds: wire.Arrays, size: float, seed: int | None, names: Any = None
+    ) -> dict[str, Any]:
         """The derivative of the loss in one direction, by its gradient and by a central difference.
 
         The direction is random, each tensor scaled to its values; without a seed the gradient.
+        Parameters other than `names` (None: all) stay.
         """
         loss = self.run(feeds)
         direction = self._direction(seed)
+        for name in self.layout:
+            if names is not None and name not in names:
+                self.view(direction, name)[...] = 0
         slope = float(np.dot(self.grads.astype(np.float64), direction.astype(np.float64)))
         start, ends = self.params.copy(), []
         for sign in (1, -1):
@@ -292,7 +298,7 @@ class Server:
         if op == "grads":
             return {"loss": engine.run(arrays)}, engine.values(engine.grads)
         if op == "probe":
-            return engine.probe(arrays, head["size"], head["seed"]), {}
+            return engine.probe(arrays, head["size"], head["seed"], head.get("names")), {}
         if op == "values":
             buffers = {"buffer:" + n: a for n, a in engine.buffers.items()}
             return {}, {**engine.values(engine.trained()), **buffers}

@@ -54,6 +54,11 @@ class LocalWorker:
         """The answer to the oldest message that has none yet."""
         return self._answers.pop(0)
 
+    def close(self) -> None:
+        """Forget the parameters, and answers that nobody read."""
+        self._answers.clear()
+        self._server.engine = None
+
     def __enter__(self) -> LocalWorker:
         return self
 
@@ -63,7 +68,7 @@ class LocalWorker:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._answers.clear()
+        self.close()
 
 
 def _gradient(model: NDArray[Any], trained: list[str]) -> NDArray[np.uint8]:
